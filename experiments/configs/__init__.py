@@ -1,0 +1,1 @@
+"""Presets: each file has `get_config()`, its docstring is the lab notebook."""

@@ -1,0 +1,1 @@
+"""Parallel-scaling language models as Flax NNX modules."""

@@ -1,0 +1,1 @@
+"""The research system: data, training, checkpoints, decoding, evaluation."""

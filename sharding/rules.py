@@ -1,0 +1,104 @@
+"""The one table from logical axes to mesh axes, and what follows from it.
+
+Parameters, optimizer state, activations, batches and checkpoints are all sharded by `RULES`.
+The mesh is the ambient one (`jax.set_mesh`); with none, or with one device, nothing is constrained.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sharding.settings import InputError
+
+MeshAxes = tuple[str, ...]
+Axes = tuple[str | None, ...]
+
+RULES: Mapping[str, MeshAxes] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": ("sequence",),
+    # parameters
+    "layers": (),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "head_dim": (),
+    "slots": (),
+    "rank": (),
+    # both
+    "streams": ("stream",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+}
+
+
+def partition_spec(axes: Axes, rules: Mapping[str, MeshAxes] = RULES) -> PartitionSpec:
+    """The partition of an array whose axes have these logical names (None: not sharded).
+
+    Raises:
+      KeyError: a name that is not in the table.
+      ValueError: two axes of the array would lie on one mesh axis.
+    """
+    entries = [() if axis is None else rules[axis] for axis in axes]
+    used = [mesh_axis for entry in entries for mesh_axis in entry]
+    for mesh_axis in used:
+        if used.count(mesh_axis) > 1:
+            raise ValueError(f"axes {axes}: two of them lie on mesh axis {mesh_axis!r}")
+    return PartitionSpec(*(entry if len(entry) > 1 else (entry or (None,))[0] for entry in entries))
+
+
+def check_divisible(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh) -> None:
+    """Raises InputError, naming the array, if a dimension does not divide over its mesh axes."""
+    for size, axis in zip(shape, axes, strict=True):
+        parts = 1
+        for mesh_axis in () if axis is None else RULES[axis]:
+            parts *= mesh.shape[mesh_axis]
+        if size % parts:
+            raise InputError(
+                f"{name}: axis {axis!r} of size {size} does not divide over {parts} devices "
+                f"(mesh axes {', '.join(RULES[axis])}); choose a mesh whose sizes divide it"
+            )
+
+
+def named_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """The sharding of an array with these logical axes on `mesh`."""
+    return NamedSharding(mesh, partition_spec(axes))
+
+
+def is_sharded() -> bool:
+    """Whether the ambient mesh has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` laid out on the ambient mesh by its logical axes; `x` itself where there is no mesh."""
+    if not is_sharded():
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def shard_call(
+    function: Callable[..., jax.Array], in_axes: tuple[Any, ...], out_axes: Axes
+) -> Callable[..., jax.Array]:
+    """`function` of each device's own part of its arguments (`shard_map` over the ambient mesh).
+
+    Args:
+      function: works on local arrays, without communication.
+      in_axes: for each argument a pytree of logical axes (a tuple of names per array).
+      out_axes: logical axes of the result.
+
+    Returns:
+      the sharded function, or `function` itself where there is no mesh.
+    """
+    if not is_sharded():
+        return function
+    is_axes = lambda node: isinstance(node, tuple) and all(
+        axis is None or isinstance(axis, str) for axis in node
+    )
+    in_specs = jax.tree.map(partition_spec, in_axes, is_leaf=is_axes)
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=partition_spec(out_axes), check_vma=False
+    )
