@@ -1,0 +1,106 @@
+"""What makes one stream differ from another (ParScale, arXiv 2505.10475, section 3).
+
+A transform acts inside a layer's attention through two hooks, `prefix` and `project`. The base
+class does nothing in either, and is what the plain model (P = 1) has. Soft tokens act once, at the
+input of the model, and have a class of their own.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from models.config import ModelConfig
+from models.weights import StreamParam, WeightMaker, normal, zeros
+
+
+class StreamTransform(nnx.Module):
+    """No transform: every stream computes the same."""
+
+    def prefix(self) -> tuple[Array, Array] | None:
+        """Keys and values `[P, K, M, h]` that stand before the real ones, or None."""
+        return None
+
+    def project(self, name: str, x: Float[Array, "B P T D"], y: Array) -> Array:
+        """What projection `name` ("q", "k" or "v") of `x` is, given its shared part `y`."""
+        return y
+
+
+class Prefix(StreamTransform):
+    """Learnable keys and values, neither rotated nor counted as positions (prefix tuning)."""
+
+    def __init__(self, config: ModelConfig, weight: WeightMaker):
+        shape = (config.streams, config.kv_heads, config.transform_size, config.head_dim)
+        axes = ("streams", "kv_heads", "slots", "head_dim")
+        self.k = weight(shape, axes, normal(config.transform_std), StreamParam)
+        self.v = weight(shape, axes, normal(config.transform_std), StreamParam)
+
+    def prefix(self) -> tuple[Array, Array]:
+        return self.k[...], self.v[...]
+
+
+class LowRank(StreamTransform):
+    """Per-stream low-rank deltas on the q and v projections: y + (x A_p) B_p, B_p zero at first."""
+
+    def __init__(self, config: ModelConfig, weight: WeightMaker):
+        streams, rank = config.streams, config.transform_size
+        for name, heads, axis in (("q", config.heads, "heads"), ("v", config.kv_heads, "kv_heads")):
+            down = weight(
+                (streams, config.width, rank),
+                ("streams", "embed", "rank"),
+                normal(config.transform_std),
+                StreamParam,
+            )
+            up = weight(
+                (streams, rank, heads, config.head_dim),
+                ("streams", "rank", axis, "head_dim"),
+                zeros,
+                StreamParam,
+            )
+            setattr(self, f"{name}_down", down)
+            setattr(self, f"{name}_up", up)
+
+    def project(self, name: str, x: Float[Array, "B P T D"], y: Array) -> Array:
+        if name == "k":
+            return y
+        down = getattr(self, f"{name}_down")[...].astype(x.dtype)
+        up = getattr(self, f"{name}_up")[...].astype(x.dtype)
+        return y + jnp.einsum("bptr,prnh->bptnh", jnp.einsum("bptd,pdr->bptr", x, down), up)
+
+
+class Bias(StreamTransform):
+    """Per-stream biases on the q, k and v projections."""
+
+    def __init__(self, config: ModelConfig, weight: WeightMaker):
+        for name in ("q", "k", "v"):
+            heads, axis = (
+                (config.heads, "heads") if name == "q" else (config.kv_heads, "kv_heads")
+            )
+            bias = weight(
+                (config.streams, heads, config.head_dim),
+                ("streams", axis, "head_dim"),
+                normal(config.transform_std),
+                StreamParam,
+            )
+            setattr(self, name, bias)
+
+    def project(self, name: str, x: Float[Array, "B P T D"], y: Array) -> Array:
+        return y + getattr(self, name)[...].astype(y.dtype)[:, None]
+
+
+class SoftTokens(nnx.Module):
+    """Learnable embeddings that stand before the real ones, one set per stream (prompt tuning)."""
+
+    def __init__(self, config: ModelConfig, weight: WeightMaker):
+        self.tokens = weight(
+            (config.streams, config.transform_size, config.width),
+            ("streams", "slots", "embed"),
+            normal(config.transform_std),
+            StreamParam,
+        )
+
+
+def layer_transform(config: ModelConfig, weight: WeightMaker) -> StreamTransform:
+    """The transform that `config` asks for inside each layer."""
+    if config.streams == 1 or config.transform == "soft_tokens":
+        return StreamTransform()
+    return {"prefix": Prefix, "low_rank": LowRank, "bias": Bias}[config.transform](config, weight)

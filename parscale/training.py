@@ -1,0 +1,268 @@
+"""The training state and the compiled step: loss, gradient, AdamW, on any mesh."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from models.transformer import LanguageModel
+from models.weights import StreamParam
+from parscale.config import Config
+from parscale.loss import token_losses
+from parscale.optimizer import learning_rate, make_optimizer
+from sharding import rules
+from sharding.mesh import make_mesh
+
+Batch = dict[str, Array]
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All arrays of a run.
+
+    Attributes:
+      step: int32 [], optimizer steps dispatched, the skipped ones among them.
+      trainable: parameters that learn, float32.
+      frozen: parameters that do not (empty unless only the streams learn), float32.
+      optimizer: optax's state, for `trainable` alone.
+      skipped: int32 [], steps left out because the loss or a gradient was not finite.
+      bad_streak: int32 [], how many of them in a row just now.
+    """
+
+    step: Int[Array, ""]
+    trainable: Params
+    frozen: Params
+    optimizer: Any
+    skipped: Int[Array, ""]
+    bad_streak: Int[Array, ""]
+
+    def params(self) -> Params:
+        """Trainable and frozen parameters in one tree."""
+        return merge_trees(self.trainable, self.frozen)
+
+
+class Training:
+    """What is fixed during a run: model structure, optimizer, mesh; and its compiled functions.
+
+    Args:
+      config: the run.
+      mesh: by default the one `config.mesh` describes, over all devices.
+
+    Raises:
+      InputError: the mesh does not fit the devices, or an array does not divide over it.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh | None = None):
+        self.config = config
+        self.mesh = make_mesh(config.mesh) if mesh is None else mesh
+        abstract = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
+        learns = StreamParam if config.train.trainable == "streams" else nnx.Param
+        self.graph, trainable, frozen = nnx.split(abstract, learns, ...)
+        self.optimizer = make_optimizer(
+            config.train, map_weights(lambda weight: weight.decay, trainable)
+        )
+        self._check_batch()
+        self.abstract = self._abstract_state(trainable, frozen)
+        """A TrainState of `jax.ShapeDtypeStruct` with shardings, as checkpoints restore it."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        self._init = jax.jit(self._init_state, out_shardings=shardings)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        self._step = jax.jit(
+            self._train_step, donate_argnums=0, out_shardings=(shardings, replicated)
+        )
+        self._evaluate = jax.jit(self._held_out_losses)
+
+    def init(self, params: Params | None = None) -> TrainState:
+        """The state at step 0, with weights from `train.seed`, or with `params` where given.
+
+        Args:
+          params: nested dict of arrays; what it lacks (new streams) is drawn from the seed.
+        """
+        with jax.set_mesh(self.mesh):
+            return self._init(self.config.train.seed, params or {})
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """One optimizer step; `state` is donated.
+
+        Args:
+          state: where the run stands.
+          batch: arrays `[B, T]`: int32 `ids`, `targets`, `segment_ids`, `positions`, and float32
+            `mask`, the weight of each target.
+
+        Returns:
+          the new state and metrics (`loss` in nats per token, `grad_norm`, `learning_rate`,
+          `tokens`, `skipped`, `bad_streak`), all still being computed.
+        """
+        with jax.set_mesh(self.mesh):
+            return self._step(state, self.put(batch))
+
+    def evaluate(self, state: TrainState, batch: Batch) -> Float[Array, "B T"]:
+        """Cross-entropy of every token of a batch in nats, 0 where `mask` is 0."""
+        with jax.set_mesh(self.mesh):
+            return self._evaluate(state.trainable, state.frozen, self.put(batch))
+
+    def model(self, state: TrainState) -> LanguageModel:
+        """The model with the weights of `state`."""
+        return nnx.merge(self.graph, state.trainable, state.frozen)
+
+    def put(self, batch: Batch) -> Batch:
+        """The arrays of a host's batch that the step reads, on the mesh."""
+        names = ("ids", "targets", "segment_ids", "positions", "mask")
+        sharding = rules.named_sharding(self.mesh, "batch", None)
+        return {
+            name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in names
+        }
+
+    def _check_batch(self) -> None:
+        data, train = self.config.data, self.config.train
+        shape = (data.batch // train.accumulate, data.length)
+        rules.check_divisible("data.batch over train.accumulate", shape, ("batch", None), self.mesh)
+
+    def _abstract_state(self, trainable: nnx.State, frozen: nnx.State) -> TrainState:
+        def place(path, weight):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            rules.check_divisible(name, weight.shape, weight.axes, self.mesh)
+            sharding = rules.named_sharding(self.mesh, *weight.axes)
+            return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=sharding)
+
+        trainable = map_weights(place, trainable, with_path=True)
+        frozen = map_weights(place, frozen, with_path=True)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+        optimizer = optax.tree.map_params(
+            self.optimizer,
+            lambda moment, param: jax.ShapeDtypeStruct(
+                moment.shape, moment.dtype, sharding=param.sharding
+            ),
+            jax.eval_shape(self.optimizer.init, trainable),
+            trainable,
+            transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=replicated
+            ),
+        )
+        return TrainState(
+            step=count,
+            trainable=trainable,
+            frozen=frozen,
+            optimizer=optimizer,
+            skipped=count,
+            bad_streak=count,
+        )
+
+    def _init_state(self, seed: Int[Array, ""], given: Params) -> TrainState:
+        model = LanguageModel(self.config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
+        learns = StreamParam if self.config.train.trainable == "streams" else nnx.Param
+        _, trainable, frozen = nnx.split(model, learns, ...)
+        trainable = replace_leaves(nnx.to_pure_dict(trainable), given)
+        frozen = replace_leaves(nnx.to_pure_dict(frozen), given)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(
+            step=zero,
+            trainable=trainable,
+            frozen=frozen,
+            optimizer=self.optimizer.init(trainable),
+            skipped=zero,
+            bad_streak=zero,
+        )
+
+    def _losses(self, trainable: Params, frozen: Params, batch: Batch) -> Float[Array, "B T"]:
+        model = nnx.merge(self.graph, trainable, frozen)
+        x, _ = model.run_streams(
+            batch["ids"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+        )
+        with jax.named_scope("loss"):
+            losses = token_losses(
+                model.mix(x), model.head_weight(), batch["targets"], self.config.train.loss_chunk
+            )
+        return losses * batch["mask"]
+
+    def _held_out_losses(self, trainable, frozen, batch):
+        return self._losses(trainable, frozen, batch)
+
+    def _gradient(self, state: TrainState, batch: Batch) -> tuple[Array, Params]:
+        """Mean loss of the batch and its gradient, computed in `train.accumulate` parts."""
+        tokens = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
+
+        def part_loss(trainable, part):
+            return jnp.sum(self._losses(trainable, state.frozen, part)) / tokens
+
+        loss_and_gradient = jax.value_and_grad(part_loss)
+        parts = self.config.train.accumulate
+        if parts == 1:
+            return loss_and_gradient(state.trainable, batch)
+
+        def split(array):
+            # Row i goes to part i % parts, so that every device keeps the rows it has.
+            return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, loss_and_gradient(state.trainable, part)), None
+
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.trainable))
+        total, _ = jax.lax.scan(add, zero, jax.tree.map(split, batch))
+        return total
+
+    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        loss, gradient = self._gradient(state, batch)
+        norm = optax.global_norm(gradient)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        with jax.named_scope("optimizer"):
+            updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.trainable)
+            trainable = optax.apply_updates(state.trainable, updates)
+            keep = functools.partial(jnp.where, good)
+            trainable, optimizer = jax.tree.map(
+                keep, (trainable, optimizer), (state.trainable, state.optimizer)
+            )
+        bad = 1 - good.astype(jnp.int32)
+        new = TrainState(
+            step=state.step + 1,
+            trainable=trainable,
+            frozen=state.frozen,
+            optimizer=optimizer,
+            skipped=state.skipped + bad,
+            bad_streak=jnp.where(good, 0, state.bad_streak + 1),
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": learning_rate(self.config.train)(
+                state.step - state.skipped
+            ),
+            "tokens": jnp.sum(batch["mask"]),
+            "skipped": new.skipped,
+            "bad_streak": new.bad_streak,
+        }
+        return new, metrics
+
+
+def map_weights(function, state: nnx.State, *, with_path: bool = False) -> Params:
+    """A nested dict with `function(variable)` (or `function(path, variable)`) for every weight."""
+    is_weight = lambda node: isinstance(node, nnx.Variable)
+    mapping = jax.tree_util.tree_map_with_path if with_path else jax.tree.map
+    return nnx.to_pure_dict(mapping(function, state, is_leaf=is_weight))
+
+
+def replace_leaves(tree: Params, given: Params) -> Params:
+    """`tree` with the arrays of `given` in place of its own, where `given` has them."""
+    return {
+        name: replace_leaves(value, given.get(name, {}))
+        if isinstance(value, dict)
+        else given.get(name, value)
+        for name, value in tree.items()
+    }
+
+
+def merge_trees(first: Params, second: Params) -> Params:
+    """Two nested dicts with no leaf in common, in one."""
+    merged = dict(first)
+    for name, value in second.items():
+        merged[name] = merge_trees(merged.get(name, {}), value) if isinstance(value, dict) else value
+    return merged
