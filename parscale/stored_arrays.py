@@ -1,0 +1,142 @@
+"""One step's folder of a checkpoint: what it holds, and its arrays read into a wanted form.
+
+Paths name arrays: tuples of strings, in which NamedTuple fields, list positions and dictionary
+keys look alike, because that is all that is stored of a tree's structure.
+"""
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from sharding.settings import InputError
+
+RECORD = "record"
+Paths = dict[tuple[str, ...], Any]
+
+
+def save_args(arrays: Mapping[str, Any], record: Mapping[str, Any]) -> ocp.args.Composite:
+    """What orbax writes for a state: an item for each entry that has arrays, and the record."""
+    items = {
+        name: ocp.args.StandardSave(_as_tree(name, tree))
+        for name, tree in arrays.items()
+        if jax.tree.leaves(tree)
+    }
+    return ocp.args.Composite(**items, **{RECORD: ocp.args.JsonSave(dict(record))})
+
+
+def stored_items(folder: Path) -> dict[str, Paths]:
+    """Item name -> path -> `jax.ShapeDtypeStruct` (without a sharding), read without the arrays."""
+    handler = ocp.PyTreeCheckpointHandler()
+    return {
+        path.name: {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for name, leaf in flatten(handler.metadata(path).tree).items()
+        }
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and path.name != RECORD
+    }
+
+
+def read_item(folder: Path, name: str, target: Any, partial: bool = False) -> Any:
+    """One item in the structure of `target`.
+
+    Args:
+      folder: of the step.
+      name: of the item.
+      target: tree of `jax.ShapeDtypeStruct` with the stored shapes and dtypes; leaves with a
+        sharding become `jax.Array`, others NumPy arrays.
+      partial: the item may hold more arrays than `target`; those are not read.
+    """
+    tree = _as_tree(name, target)
+    args = ocp.args.PyTreeRestore(
+        item=tree, restore_args=jax.tree.map(_restore_args, tree), partial_restore=partial
+    )
+    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
+        read = checkpointer.restore(folder / name, args=args)
+    return read if tree is target else read[name]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The JSON dictionary saved beside the arrays."""
+    with contextlib.closing(ocp.Checkpointer(ocp.JsonCheckpointHandler())) as checkpointer:
+        return checkpointer.restore(folder / RECORD)
+
+
+def check_same(
+    folder: Path, what: str, stored: Paths, wanted: Paths, partial: bool = False
+) -> None:
+    """Raises InputError that names the arrays in which `stored` and `wanted` differ."""
+    differences = {
+        "missing": [path for path in wanted if path not in stored],
+        "not expected": [path for path in stored if path not in wanted and not partial],
+    }
+    lines = [f"{word}: {listed(map(_name, paths))}" for word, paths in differences.items() if paths]
+    changed = [
+        f"{_name(path)} is {_kind(stored[path])} instead of {_kind(leaf)}"
+        for path, leaf in wanted.items()
+        if path in stored and _kind(stored[path]) != _kind(leaf)
+    ]
+    if changed:
+        lines.append(listed(changed))
+    if lines:
+        raise InputError(
+            f"checkpoint {folder} does not fit, in its {what}: {'; '.join(lines)}; "
+            "use the configuration that it was written with"
+        )
+
+
+def flatten_item(name: str, tree: Any) -> Paths:
+    """Path -> leaf of an item, as it is stored."""
+    return flatten(_as_tree(name, tree))
+
+
+def flatten(tree: Any) -> Paths:
+    """Path -> leaf, in the order of `jax.tree.leaves`."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {tuple(map(_word, path)): leaf for path, leaf in leaves}
+
+
+def nest(paths: Paths) -> dict[str, Any]:
+    """Path -> leaf as nested dictionaries."""
+    tree: dict[str, Any] = {}
+    for path, leaf in paths.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def listed(names: Iterable[Any], most: int = 6) -> str:
+    """The first few names for a message, and how many more there are."""
+    names = list(map(str, names))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) + more) or "nothing"
+
+
+def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+    if getattr(leaf, "sharding", None) is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape)
+
+
+def _as_tree(name: str, tree: Any) -> Any:
+    """Orbax's trees have at least one level: an array alone is put under its item's name."""
+    return {name: tree} if jax.tree_util.all_leaves([tree]) else tree
+
+
+def _word(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return "/".join(path)
+
+
+def _kind(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
