@@ -114,7 +114,7 @@ class Split:
         raise InputError(f"{message}; {mend}give more files, or a .jsonl with many documents")
 
     def _share_that_splits(self) -> float | None:
-        for digits in (1, 2, 3, 4):
+        for digits in range(2, 7):
             share = (math.floor(self._first * 10**digits) + 1) / 10**digits
             if self._first < share <= self._last and share < 1:
                 return share

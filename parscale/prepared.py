@@ -22,7 +22,7 @@ from jaxtyping import Int, Int64
 from tqdm import tqdm
 
 from parscale import corpora, packing
-from parscale.tokenizers import BPETokenizer, Tokenizer, encode_stream
+from parscale.tokenizers import BPETokenizer, Tokenizer, encode_stream, train_bpe
 from sharding.settings import InputError
 
 METADATA = "metadata.json"
@@ -124,8 +124,9 @@ def prepare(
         raise InputError(
             f"corpus {spec}: already a prepared folder; give the text it was made from"
         )
+    _check_share(held_out)
     corpus = corpora.find(spec)
-    _check_empty(folder)
+    check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / UNFINISHED).write_text("{}\n")
     if isinstance(tokenizer, BPETokenizer):
@@ -164,6 +165,30 @@ def prepare(
         os.fsync(file.fileno())
     os.replace(folder / UNFINISHED, folder / METADATA)
     return metadata
+
+
+def learn_tokenizer(spec: str, vocab_size: int, *, held_out: float = 0.05) -> BPETokenizer:
+    """A byte-level BPE tokenizer learnt on the documents that training sees, with progress.
+
+    Args:
+      spec: as for `corpora.find`.
+      vocab_size: tokens wanted, at least 256.
+      held_out: share of the documents that is not looked at.
+
+    Raises:
+      InputError: the corpus has a fault, or the `tokenizers` library is missing.
+    """
+    _check_share(held_out)
+    corpus = corpora.find(spec)
+    with tqdm(
+        desc=f"learning {vocab_size} tokens", total=corpus.disk_bytes, unit="B", unit_scale=True
+    ) as bar:
+        texts = (
+            document.text
+            for document in corpora.documents(corpus, bar.update)
+            if document.place >= held_out
+        )
+        return train_bpe(texts, vocab_size)
 
 
 def is_prepared(spec: str | Path) -> bool:
@@ -235,7 +260,8 @@ def read_tokens(folder: str | Path, metadata: Metadata) -> tuple[StoredTokens, S
     return sides[0], sides[1]
 
 
-def _check_empty(folder: Path) -> None:
+def check_empty(folder: Path) -> None:
+    """Raises InputError for a folder in which something is."""
     if (folder / UNFINISHED).is_file():
         raise InputError(
             f"{folder}: holds a preparation that was interrupted or is still running; "
@@ -243,6 +269,11 @@ def _check_empty(folder: Path) -> None:
         )
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InputError(f"{folder}: is not empty; give a new folder")
+
+
+def _check_share(held_out: float) -> None:
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out={held_out}: expected a value between 0 and 1")
 
 
 class _SideWriter:
