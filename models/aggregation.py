@@ -49,9 +49,7 @@ class DynamicAggregation(Aggregation):
     def __init__(self, config: ModelConfig, weight: WeightMaker):
         super().__init__(config)
         streams, width = config.streams, config.width
-        self.hidden = weight(
-            (streams, width, width), ("streams", "embed", None), kind=StreamParam
-        )
+        self.hidden = weight((streams, width, width), ("streams", "embed", None), kind=StreamParam)
         self.hidden_bias = weight((width,), (None,), zeros, StreamParam)
         self.out = weight((width, streams), (None, "streams"), kind=StreamParam)
         self.out_bias = weight((streams,), ("streams",), zeros, StreamParam)

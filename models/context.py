@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 from jaxtyping import Array, Float, Int
-
 from pallas_kernels.masks import Mask
 
 

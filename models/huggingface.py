@@ -273,7 +273,11 @@ def tensor_table(config: ModelConfig) -> dict[str, Tensor]:
     def bias(path, layer, shape: tuple[int, ...]) -> Tensor:
         size = int(np.prod(shape))
         return Tensor(
-            path, layer, (size,), lambda array: array.reshape(shape), lambda array: array.reshape(-1)
+            path,
+            layer,
+            (size,),
+            lambda array: array.reshape(shape),
+            lambda array: array.reshape(-1),
         )
 
     def plain(path, layer, shape: tuple[int, ...]) -> Tensor:

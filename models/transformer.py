@@ -146,9 +146,7 @@ class LanguageModel(nnx.Module):
         """The same model with one set of weights per layer instead of stacks."""
         graph, rest = nnx.split(self)
         model = nnx.merge(graph, rest)
-        model.layers = nnx.List(
-            [self._slice_layer(layer) for layer in range(self.config.layers)]
-        )
+        model.layers = nnx.List([self._slice_layer(layer) for layer in range(self.config.layers)])
         return model
 
     @property

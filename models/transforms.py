@@ -72,9 +72,7 @@ class Bias(StreamTransform):
 
     def __init__(self, config: ModelConfig, weight: WeightMaker):
         for name in ("q", "k", "v"):
-            heads, axis = (
-                (config.heads, "heads") if name == "q" else (config.kv_heads, "kv_heads")
-            )
+            heads, axis = (config.heads, "heads") if name == "q" else (config.kv_heads, "kv_heads")
             bias = weight(
                 (config.streams, heads, config.head_dim),
                 ("streams", axis, "head_dim"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.transformer import LanguageModel
-from parscale.tokenizers import Tokenizer
+from parscale.tokenizers import StreamDecoder, Tokenizer
 from sharding.settings import InputError
 
 PROMPT_MULTIPLE = 32
@@ -150,9 +150,7 @@ def prefill(
     return choose(logits, keys, lengths, sampling), cache
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graph", "steps", "sampling"), donate_argnames="cache"
-)
+@functools.partial(jax.jit, static_argnames=("graph", "steps", "sampling"), donate_argnames="cache")
 def decode(
     graph: nnx.GraphDef,
     params: Any,
@@ -195,9 +193,7 @@ def choose(
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def keep_candidates(
-    logits: Float[Array, "B V"], top_k: int, top_p: float
-) -> Float[Array, "B V"]:
+def keep_candidates(logits: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
     """`logits` with -inf where a token is outside the `top_k`, then outside the `top_p`."""
     if 0 < top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, top_k)[0][:, -1:]
@@ -210,10 +206,70 @@ def keep_candidates(
     return logits
 
 
-def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """`text` up to the first of the stop strings, and whether one was found."""
-    found = [place for place in (text.find(stop) for stop in stops if stop) if place >= 0]
-    return (text[: min(found)], True) if found else (text, False)
+class TextRow:
+    """The text of one row as its tokens come, up to the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.done = False
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that is certain after more tokens; what may begin a stop string is held back."""
+        return "" if self.done else self._take("".join(map(self._decoder.push, ids)))
+
+    def flush(self) -> str:
+        """What was held back, at the end."""
+        if self.done:
+            return ""
+        text = self._take(self._decoder.flush()) + self._held
+        self._held = ""
+        return text
+
+    def _take(self, new: str) -> str:
+        text = self._held + new
+        found = [place for place in map(text.find, self._stops) if place >= 0]
+        if found:
+            self.done = True
+            return text[: min(found)]
+        keep = max(
+            (
+                size
+                for stop in self._stops
+                for size in range(len(stop))
+                if text.endswith(stop[:size])
+            ),
+            default=0,
+        )
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def stream_text(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    sampling: Sampling = GREEDY,
+    *,
+    stops: Sequence[str] = (),
+) -> Iterator[list[str]]:
+    """New text for each prompt, piece by piece; ends early when every row met a stop string.
+
+    Args:
+      model, prompts, tokens, sampling: as for `stream`.
+      tokenizer: turns ids into text.
+      stops: a row ends before the first of these that it would contain.
+    """
+    rows = [TextRow(tokenizer, stops) for _ in prompts]
+    for ids in stream(model, prompts, tokens, sampling):
+        # Ids that pad the vocabulary have no text.
+        known = [row_ids[row_ids < tokenizer.vocab_size] for row_ids in ids]
+        yield [row.push(new) for row, new in zip(rows, known, strict=True)]
+        if all(row.done for row in rows):
+            return
+    yield [row.flush() for row in rows]
 
 
 def complete(
@@ -227,5 +283,5 @@ def complete(
 ) -> list[str]:
     """The text that follows each prompt, up to the first stop string."""
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    new = generate(model, encoded, tokens, sampling)
-    return [cut_at_stop(tokenizer.decode(row), stops)[0] for row in new]
+    pieces = stream_text(model, tokenizer, encoded, tokens, sampling, stops=stops)
+    return ["".join(parts) for parts in zip(*pieces, strict=True)]

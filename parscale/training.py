@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from models.transformer import LanguageModel
+from models.trees import merge, overlay
 from models.weights import StreamParam
 from parscale.config import Config
 from parscale.loss import token_losses
@@ -46,7 +47,7 @@ class TrainState:
 
     def params(self) -> Params:
         """Trainable and frozen parameters in one tree."""
-        return merge_trees(self.trainable, self.frozen)
+        return merge(self.trainable, self.frozen)
 
 
 class Training:
@@ -161,8 +162,8 @@ class Training:
         model = LanguageModel(self.config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
         learns = StreamParam if self.config.train.trainable == "streams" else nnx.Param
         _, trainable, frozen = nnx.split(model, learns, ...)
-        trainable = replace_leaves(nnx.to_pure_dict(trainable), given)
-        frozen = replace_leaves(nnx.to_pure_dict(frozen), given)
+        trainable = overlay(nnx.to_pure_dict(trainable), given)
+        frozen = overlay(nnx.to_pure_dict(frozen), given)
         zero = jnp.zeros((), jnp.int32)
         return TrainState(
             step=zero,
@@ -233,9 +234,7 @@ class Training:
         metrics = {
             "loss": loss,
             "grad_norm": norm,
-            "learning_rate": learning_rate(self.config.train)(
-                state.step - state.skipped
-            ),
+            "learning_rate": learning_rate(self.config.train)(state.step - state.skipped),
             "tokens": jnp.sum(batch["mask"]),
             "skipped": new.skipped,
             "bad_streak": new.bad_streak,
@@ -248,21 +247,3 @@ def map_weights(function, state: nnx.State, *, with_path: bool = False) -> Param
     is_weight = lambda node: isinstance(node, nnx.Variable)
     mapping = jax.tree_util.tree_map_with_path if with_path else jax.tree.map
     return nnx.to_pure_dict(mapping(function, state, is_leaf=is_weight))
-
-
-def replace_leaves(tree: Params, given: Params) -> Params:
-    """`tree` with the arrays of `given` in place of its own, where `given` has them."""
-    return {
-        name: replace_leaves(value, given.get(name, {}))
-        if isinstance(value, dict)
-        else given.get(name, value)
-        for name, value in tree.items()
-    }
-
-
-def merge_trees(first: Params, second: Params) -> Params:
-    """Two nested dicts with no leaf in common, in one."""
-    merged = dict(first)
-    for name, value in second.items():
-        merged[name] = merge_trees(merged.get(name, {}), value) if isinstance(value, dict) else value
-    return merged

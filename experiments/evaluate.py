@@ -1,0 +1,65 @@
+"""Loss of a trained model on held-out text, and what its streams do.
+
+python -m experiments.evaluate --workdir=/tmp/tiny
+python -m experiments.evaluate --workdir=/tmp/tiny --files='notes/*.txt'
+"""
+
+import json
+
+from absl import flags
+
+from experiments import program
+from sharding.settings import InputError
+
+FLAGS = program.new_flags()
+flags.DEFINE_string(
+    "workdir", "", "workdir of a run, or a Hugging Face directory", flag_values=FLAGS
+)
+flags.DEFINE_integer(
+    "streams", None, "which number of streams, if the workdir keeps several", flag_values=FLAGS
+)
+flags.DEFINE_string(
+    "files", "", "glob of text files; default: the held-out files of the run's corpus",
+    flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_integer("rows", 512, "most rows of text to read; 0: all", flag_values=FLAGS)
+flags.DEFINE_integer("batch", 16, "rows at a time", flag_values=FLAGS)
+flags.DEFINE_string("json", "", "also write the figures to this file", flag_values=FLAGS)
+
+
+def main(options: flags.FlagValues) -> None:
+    if not options.workdir:
+        raise InputError("--workdir is missing: expected a run or a Hugging Face directory")
+    if options.batch < 1 or options.rows < 0:
+        raise InputError(
+            f"--batch={options.batch} --rows={options.rows}: expected at least 1 and at least 0"
+        )
+    from parscale import data, evaluation, workdir
+
+    weights = workdir.load_weights(options.workdir, options.streams)
+    vocab_size = weights.model.vocab_size
+    if options.files:
+        text = data.open_files(options.files, weights.data, vocab_size)
+    else:
+        text = data.open_data(weights.data, vocab_size)
+    batches = data.held_out_batches(text, options.batch, options.rows)
+    result = evaluation.report(weights.build(), batches, weights.loss_chunk)
+    print(evaluation.describe(result, text.bits_per_byte(result.loss)))
+    if options.json:
+        figures = {
+            "loss": result.loss,
+            "bits_per_byte": text.bits_per_byte(result.loss),
+            "tokens": result.tokens,
+            "stream_losses": result.stream_losses.tolist(),
+            "weights": result.weights.tolist(),
+            "weight_entropy": result.weight_entropy,
+            "agreement": result.agreement.tolist(),
+            "gain": result.gain,
+            "collapsed": result.collapsed,
+        }
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=1)
+
+
+if __name__ == "__main__":
+    program.run(main, FLAGS)

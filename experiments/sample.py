@@ -1,0 +1,80 @@
+"""Generates text from a trained model.
+
+    python -m experiments.sample --workdir=/tmp/tiny --prompt="def " --tokens=200
+
+Several prompts are generated at once: repeat --prompt, or give a file with one prompt a line.
+"""
+
+import sys
+
+from absl import flags
+
+from experiments import program
+from sharding.settings import InputError
+
+FLAGS = program.new_flags()
+flags.DEFINE_string(
+    "workdir", "", "workdir of a run, or a Hugging Face directory", flag_values=FLAGS
+)
+flags.DEFINE_integer(
+    "streams", None, "which number of streams, if the workdir keeps several", flag_values=FLAGS
+)
+flags.DEFINE_multi_string("prompt", [], "text to go on from; may be repeated", flag_values=FLAGS)
+flags.DEFINE_string("prompt_file", "", "a file with one prompt a line", flag_values=FLAGS)
+flags.DEFINE_integer("tokens", 256, "most tokens to generate for each prompt", flag_values=FLAGS)
+flags.DEFINE_float("temperature", 0.8, "divides the logits; 0 is greedy", flag_values=FLAGS)
+flags.DEFINE_integer("top_k", 0, "choose among this many tokens; 0: all", flag_values=FLAGS)
+flags.DEFINE_float("top_p", 1.0, "choose among tokens of this total probability", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "seed of the choices", flag_values=FLAGS)
+flags.DEFINE_multi_string("stop", [], "end at this text; may be repeated", flag_values=FLAGS)
+
+
+def read_prompts(options: flags.FlagValues) -> list[str]:
+    """The prompts of the command line, then those of the file."""
+    prompts = list(options.prompt)
+    if options.prompt_file:
+        try:
+            with open(options.prompt_file, encoding="utf-8") as file:
+                prompts += file.read().splitlines()
+        except OSError as error:
+            raise InputError(f"--prompt_file={options.prompt_file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"--prompt_file={options.prompt_file} is not UTF-8 (byte {error.start})"
+            ) from None
+    if not prompts:
+        raise InputError("no prompt: give --prompt=TEXT or --prompt_file=FILE")
+    return prompts
+
+
+def main(options: flags.FlagValues) -> None:
+    prompts = read_prompts(options)
+    if not options.workdir:
+        raise InputError("--workdir is missing: expected a run or a Hugging Face directory")
+    from parscale import generate, tokenizers, workdir
+
+    sampling = generate.Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    weights = workdir.load_weights(options.workdir, options.streams)
+    tokenizer = tokenizers.load(weights.data.tokenizer)
+    model = weights.build()
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    texts = generate.stream_text(
+        model, tokenizer, encoded, options.tokens, sampling, stops=options.stop
+    )
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        for (piece,) in texts:
+            print(piece, end="", flush=True)
+        print()
+        return
+    whole = [""] * len(prompts)
+    for done, pieces in enumerate(texts, 1):
+        whole = [text + piece for text, piece in zip(whole, pieces, strict=True)]
+        if sys.stderr.isatty():
+            print(f"\r{done} parts", end="", file=sys.stderr, flush=True)
+    for number, (prompt, text) in enumerate(zip(prompts, whole, strict=True)):
+        print(f"--- {number}\n{prompt}{text}")
+
+
+if __name__ == "__main__":
+    program.run(main, FLAGS)
