@@ -1,9 +1,9 @@
 """Checkpoints of a run: written in the background, checked for damage when read.
 
 A checkpoint directory holds one folder per saved step, `checkpoints/1200/`, and in it one folder
-per item: each entry of the state that is saved ("trainable", "frozen", "optimizer", ...) and
-"record", a small JSON dictionary. Items are read separately, so a program that needs only the
-parameters reads only those.
+per item: each tree of the state that is saved ("trainable", "frozen", "optimizer"), "scalars" for
+its lone arrays, and "record", a small JSON dictionary. Items are read separately, so a program
+that needs only the parameters reads only those.
 
 A step is *complete* when it has a manifest (`parscale.manifest`), which is written last. What is
 not complete, or does not match its manifest, is passed over in favour of an older step:
@@ -39,13 +39,15 @@ from parscale.stored_arrays import (
     RECORD,
     check_same,
     flatten,
-    flatten_item,
+    from_items,
     listed,
     nest,
-    read_item,
+    read_arrays,
     read_record,
     save_args,
     stored_items,
+    to_items,
+    unflatten,
 )
 from sharding.settings import InputError
 
@@ -114,7 +116,7 @@ class Checkpoints:
 
         Args:
           step: optimizer steps done.
-          arrays: item name -> pytree of arrays (or one array); an item without arrays is left out.
+          arrays: name -> pytree of arrays, or one array (`vars` of a dataclass will do).
           record: a JSON dictionary kept beside the arrays.
           wait: return only when the checkpoint is complete.
 
@@ -171,8 +173,9 @@ class Checkpoints:
         """The newest undamaged checkpoint, laid out as `abstract` says.
 
         Args:
-          abstract: item name -> pytree of `jax.ShapeDtypeStruct`. A leaf with a sharding becomes
-            a `jax.Array` laid out so, on any mesh; one without becomes a NumPy array.
+          abstract: like the `arrays` that were saved, with leaves `jax.ShapeDtypeStruct`. A leaf
+            with a sharding becomes a `jax.Array` laid out so, on any mesh; one without becomes a
+            NumPy array.
 
         Returns:
           step, arrays in the structure of `abstract`, record; None if nothing was saved yet.
@@ -189,16 +192,17 @@ class Checkpoints:
             return None
         folder = self._folder(step)
         stored = stored_items(folder)
-        wanted = {name: tree for name, tree in abstract.items() if jax.tree.leaves(tree)}
+        wanted = to_items(abstract)
         if wanted.keys() != stored.keys():
             raise InputError(
                 f"checkpoint {folder} holds {listed(stored)}, but {listed(sorted(wanted))} are "
                 "expected: it was written with another train.trainable or by another program"
             )
+        items = {}
         for name, tree in wanted.items():
-            check_same(folder, name, stored[name], flatten_item(name, tree))
-        read = {name: read_item(folder, name, tree) for name, tree in wanted.items()}
-        return step, {**abstract, **read}, read_record(folder)
+            check_same(folder, name, stored[name], flatten(tree))
+            items[name] = unflatten(read_arrays(folder, name, flatten(tree)), like=tree)
+        return step, from_items(items, abstract), read_record(folder)
 
     def _newest_sound(self) -> int:
         """The step to restore (process 0 only); sets newer damaged ones aside."""
@@ -304,13 +308,9 @@ def restore_params(
     check_same(folder, "parameters", held, wanted, partial)
     read = {}
     for name, paths in stored.items():
-        target = {path: leaf for path, leaf in wanted.items() if path in paths}
-        if target:
-            read |= flatten(read_item(folder, name, nest(target), partial=True))
-    if abstract is None:
-        params = nest(read)
-    else:
-        params = jax.tree.unflatten(jax.tree.structure(abstract), [read[path] for path in wanted])
+        part = {path: leaf for path, leaf in wanted.items() if path in paths}
+        read |= read_arrays(folder, name, part) if part else {}
+    params = nest(read) if abstract is None else unflatten(read, like=abstract)
     return int(folder.name), params, read_record(folder)
 
 

@@ -16,16 +16,27 @@ import orbax.checkpoint as ocp
 from sharding.settings import InputError
 
 RECORD = "record"
+SCALARS = "scalars"
 Paths = dict[tuple[str, ...], Any]
 
 
-def save_args(arrays: Mapping[str, Any], record: Mapping[str, Any]) -> ocp.args.Composite:
-    """What orbax writes for a state: an item for each entry that has arrays, and the record."""
-    items = {
-        name: ocp.args.StandardSave(_as_tree(name, tree))
-        for name, tree in arrays.items()
-        if jax.tree.leaves(tree)
-    }
+def to_items(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The items that a state is stored as: its entries that have arrays; lone arrays share one."""
+    trees = {name: tree for name, tree in state.items() if jax.tree.leaves(tree)}
+    alone = {name: tree for name, tree in trees.items() if jax.tree_util.all_leaves([tree])}
+    items = {name: tree for name, tree in trees.items() if name not in alone}
+    return items | ({SCALARS: alone} if alone else {})
+
+
+def from_items(items: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """`items` as entries again; entries without arrays are taken from `state`."""
+    trees = {name: tree for name, tree in items.items() if name != SCALARS}
+    return {**state, **trees, **items.get(SCALARS, {})}
+
+
+def save_args(state: Mapping[str, Any], record: Mapping[str, Any]) -> ocp.args.Composite:
+    """What orbax is to write for a state and the JSON dictionary beside it."""
+    items = {name: ocp.args.StandardSave(tree) for name, tree in to_items(state).items()}
     return ocp.args.Composite(**items, **{RECORD: ocp.args.JsonSave(dict(record))})
 
 
@@ -42,23 +53,24 @@ def stored_items(folder: Path) -> dict[str, Paths]:
     }
 
 
-def read_item(folder: Path, name: str, target: Any, partial: bool = False) -> Any:
-    """One item in the structure of `target`.
+def read_arrays(folder: Path, item: str, wanted: Paths) -> Paths:
+    """Some of the arrays of one item; the others are not read.
 
     Args:
       folder: of the step.
-      name: of the item.
-      target: tree of `jax.ShapeDtypeStruct` with the stored shapes and dtypes; leaves with a
-        sharding become `jax.Array`, others NumPy arrays.
-      partial: the item may hold more arrays than `target`; those are not read.
+      item: its name.
+      wanted: path -> `jax.ShapeDtypeStruct` with the stored shape and dtype; one with a sharding
+        becomes a `jax.Array`, others NumPy arrays.
     """
-    tree = _as_tree(name, target)
-    args = ocp.args.PyTreeRestore(
-        item=tree, restore_args=jax.tree.map(_restore_args, tree), partial_restore=partial
-    )
-    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
-        read = checkpointer.restore(folder / name, args=args)
-    return read if tree is target else read[name]
+    handler = ocp.PyTreeCheckpointHandler()
+    # The stored structure, with a placeholder for what is not wanted.
+    structure = handler.metadata(folder / item).tree
+    leaves = [wanted.get(path, ocp.PLACEHOLDER) for path in flatten(structure)]
+    target = jax.tree.unflatten(jax.tree.structure(structure), leaves)
+    args = ocp.args.PyTreeRestore(item=target, restore_args=jax.tree.map(_restore_args, target))
+    with contextlib.closing(ocp.Checkpointer(handler)) as checkpointer:
+        read = flatten(checkpointer.restore(folder / item, args=args))
+    return {path: leaf for path, leaf in read.items() if path in wanted}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -90,15 +102,15 @@ def check_same(
         )
 
 
-def flatten_item(name: str, tree: Any) -> Paths:
-    """Path -> leaf of an item, as it is stored."""
-    return flatten(_as_tree(name, tree))
-
-
 def flatten(tree: Any) -> Paths:
     """Path -> leaf, in the order of `jax.tree.leaves`."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {tuple(map(_word, path)): leaf for path, leaf in leaves}
+
+
+def unflatten(paths: Paths, like: Any) -> Any:
+    """Path -> leaf in the structure of `like`, whose paths they are."""
+    return jax.tree.unflatten(jax.tree.structure(like), [paths[path] for path in flatten(like)])
 
 
 def nest(paths: Paths) -> dict[str, Any]:
@@ -123,11 +135,6 @@ def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
     if getattr(leaf, "sharding", None) is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape)
-
-
-def _as_tree(name: str, tree: Any) -> Any:
-    """Orbax's trees have at least one level: an array alone is put under its item's name."""
-    return {name: tree} if jax.tree_util.all_leaves([tree]) else tree
 
 
 def _word(key: Any) -> str:
