@@ -56,10 +56,14 @@ _DAMAGED = ".damaged"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _NONE, _ALL_DAMAGED = -1, -2
 
+
+def _is_not_of_orbax(entry: logging.LogRecord) -> bool:
+    return "orbax" not in entry.pathname and "orbax" not in entry.getMessage()
+
+
 # Orbax logs a failure once for each of its threads, with tracebacks; here it is raised, once.
-logging.getLogger("absl").addFilter(
-    lambda entry: "orbax" not in entry.pathname or entry.levelno >= logging.CRITICAL
-)
+for _logger in ("absl", "asyncio"):
+    logging.getLogger(_logger).addFilter(_is_not_of_orbax)
 
 
 class SaveError(RuntimeError):
