@@ -1,14 +1,18 @@
 """The device mesh: six named axes, all always present, size 1 when unused."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+import typing
 from collections.abc import Sequence
 
-import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
-
 from sharding.settings import InputError, option
+
+# The configuration of a run is read without jax, which takes a second to import.
+if typing.TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
 
 AXES = ("data", "fsdp", "stream", "expert", "sequence", "tensor")
 
@@ -17,7 +21,9 @@ AXES = ("data", "fsdp", "stream", "expert", "sequence", "tensor")
 class MeshConfig:
     """Devices along each axis, outer to inner. One axis may be -1: what the others leave."""
 
-    data: int = option(-1, "copies of the parameters, each with its part of the batch", resume="free")
+    data: int = option(
+        -1, "copies of the parameters, each with its part of the batch", resume="free"
+    )
     fsdp: int = option(1, "parts of the parameters, each with its part of the batch", resume="free")
     stream: int = option(1, "parts of the P streams", resume="free")
     expert: int = option(1, "parts of the experts (of a mixture-of-experts layer)", resume="free")
@@ -66,6 +72,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
+    import jax
+    import numpy as np
+    from jax.sharding import AxisType, Mesh
+
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(devices))
     if devices[0].platform == "tpu":

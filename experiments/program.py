@@ -1,0 +1,327 @@
+"""The shell of every program: flags, configuration, exit codes, interruption, allocator.
+
+A program is written as
+
+    FLAGS = program.new_flags(config=True)
+    flags.DEFINE_string("workdir", "", "folder of the run", flag_values=FLAGS)
+
+    def main(flags):
+        from parscale import training  # jax and the like: only once the flags are known to be right
+
+        config = program.load_config(flags)
+        ...
+
+    if __name__ == "__main__":
+        program.run(main, FLAGS)
+
+Nothing imported here imports jax: that keeps `--help` and refusals quick, and lets the allocator be
+set before anything large is loaded.
+"""
+
+import glob
+import importlib.util
+import os
+import pathlib
+import re
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import flags as absl_flags
+
+from parscale import config_io
+from parscale.config import Config
+from sharding.settings import InputError, nearest
+
+PRESETS = pathlib.Path(__file__).parent / "configs"
+ALLOCATOR = (
+    "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
+)
+ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
+
+Main = Callable[[absl_flags.FlagValues], int | None]
+
+
+class FieldParser(absl_flags.ArgumentParser):
+    """Reads the text of a configuration field's flag."""
+
+    def __init__(self, kind: type):
+        super().__init__()
+        self.kind = kind
+
+    def parse(self, argument):
+        return config_io.parse(self.kind, argument) if isinstance(argument, str) else argument
+
+
+def new_flags(config: bool = False) -> absl_flags.FlagValues:
+    """Flags of one program, apart from the process-wide ones, so that programs never clash.
+
+    Args:
+      config: whether the program takes `--config` and a flag for every field of `Config`.
+    """
+    flags = absl_flags.FlagValues()
+    absl_flags.DEFINE_boolean("help", False, "this text", short_name="h", flag_values=flags)
+    if not config:
+        return flags
+    absl_flags.DEFINE_string("config", None, f"preset: {_a_preset()}", flag_values=flags)
+    for name, kind, field in config_io.leaves(Config):
+        doc = field.metadata["doc"]
+        if field.metadata["choices"]:
+            doc += f" ({', '.join(map(str, field.metadata['choices']))})"
+        if kind is bool:
+            absl_flags.DEFINE_boolean(f"config.{name}", field.default, doc, flag_values=flags)
+        else:
+            absl_flags.DEFINE(
+                FieldParser(kind), f"config.{name}", field.default, doc, flag_values=flags
+            )
+    return flags
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("[!_]*.py"))
+
+
+def load_preset(name: str) -> Config:
+    """The configuration of a preset, given by path, or by name if it comes with the package.
+
+    Raises:
+      InputError: no such preset, one without `get_config`, or one that does not validate.
+    """
+    path = pathlib.Path(name)
+    if not path.is_file() and path.name == name and not path.suffix:
+        path = PRESETS / f"{name}.py"
+    if not path.is_file():
+        guess = nearest(path.stem, presets())
+        raise InputError(f"--config={name}: no such preset{guess}; expected {_a_preset()}")
+    if path.suffix != ".py":
+        raise InputError(f"--config={name}: expected {_a_preset()}")
+    spec = importlib.util.spec_from_file_location(f"preset_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise InputError("it has no get_config(), which should return a Config")
+        config = module.get_config()
+        if not isinstance(config, Config):
+            raise InputError(f"get_config() returned {type(config).__name__}, expected a Config")
+        return config_io.from_dict(Config, config_io.to_dict(config))
+    except SyntaxError as error:
+        raise InputError(f"--config={name}: line {error.lineno}: {error.msg}") from None
+    except InputError as error:
+        raise InputError(f"--config={name}: {error}") from None
+
+
+def _a_preset() -> str:
+    return f"a Python file with get_config(), or one of {', '.join(presets())}"
+
+
+def load_workdir(workdir: str | os.PathLike) -> Config:
+    """The configuration of the run in `workdir`.
+
+    Raises:
+      InputError: there is no run, or its configuration cannot be read.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise InputError(f"{workdir}: no run there (no config.json); expected the workdir of a run")
+    return config_io.from_json(Config, path)
+
+
+def changes(flags: absl_flags.FlagValues) -> dict[str, object]:
+    """The fields that were given on the command line, by dotted name."""
+    names = [leaf.name for leaf in config_io.leaves(Config)]
+    given = {name: flags[f"config.{name}"] for name in names}
+    return {name: flag.value for name, flag in given.items() if flag.present}
+
+
+def load_config(flags: absl_flags.FlagValues, workdir: str = "") -> Config:
+    """The preset of `--config`, else the configuration in `workdir`; then the fields given.
+
+    Raises:
+      InputError: neither is there, or the result does not validate.
+    """
+    if flags.config is not None:
+        config = load_preset(flags.config)
+    elif workdir and (pathlib.Path(workdir) / "config.json").exists():
+        config = load_workdir(workdir)
+    else:
+        raise InputError(f"--config is missing: expected {_a_preset()}")
+    return config_io.replace(config, changes(flags))
+
+
+def usage(flags: absl_flags.FlagValues, doc: str) -> str:
+    """What `--help` prints: the program's text, its flags, then the fields of the configuration."""
+    own = [name for name in flags if not name.startswith("config.") and name != "h"]
+    own.sort(key=lambda name: (name == "help", name != "config"))
+    lines = [doc.strip(), "", "Flags:", *(line for name in own for line in _flag_help(flags[name]))]
+    fields = [name for name in flags if name.startswith("config.")]
+    if fields:
+        lines += ["", "Configuration fields, each with its value where the preset gives none:"]
+    section = None
+    for name in (f"config.{leaf.name}" for leaf in config_io.leaves(Config) if fields):
+        if name.split(".")[1] != section:
+            section = name.split(".")[1]
+            lines += ["", f" {section}"]
+        lines += _flag_help(flags[name])
+    return "\n".join(lines)
+
+
+def _flag_help(flag: absl_flags.Flag) -> list[str]:
+    default = flag.default
+    if isinstance(default, list | tuple):
+        default = ",".join(map(str, default))
+    shown = f"  --{flag.name}"
+    if flag.name != "help":
+        default = default if default is not None else "..."
+        shown += f"={str(default).lower() if isinstance(default, bool) else default}"
+    text = textwrap.wrap(" ".join(flag.help.split()), 58) or [""]
+    if len(shown) > 40:
+        return [shown, *(" " * 41 + line for line in text)]
+    return [f"{shown:<41}{text[0]}", *(" " * 41 + line for line in text[1:])]
+
+
+def parse(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
+    """Sets `flags` from a command line, whose first word is the program's name.
+
+    Raises:
+      InputError: an unknown flag, a value of the wrong type, or a word that is not a flag.
+    """
+    flags.unparse_flags()
+    for name in flags:
+        flags[name].unparse()
+    try:
+        rest = flags(list(argv))[1:]
+    except absl_flags.UnrecognizedFlagError as error:
+        names = [name for name in flags if len(name) > 1]
+        guess = config_io.nearest_name(error.flagname, names)
+        guess = guess.replace('"', '"--', 1)
+        raise InputError(f"--{error.flagname}: no such flag{guess}; --help lists all") from None
+    except absl_flags.Error as error:
+        raise InputError(_flag_error(str(error))) from None
+    if rest:
+        raise InputError(f"{rest[0]}: not a flag; expected --name=value")
+
+
+def _flag_error(message: str) -> str:
+    """An absl message in the words of ours."""
+    missing = re.match(r"flag --(\S+?)=None: Flag --\S+ must have a value", message)
+    if missing:
+        return f"--{missing[1]} is missing"
+    message = re.sub(r"invalid literal for int\(\).*", "expected an integer", message)
+    message = re.sub(r"could not convert string to float.*", "expected a number", message)
+    message = re.sub(r"\('Non-boolean argument.*", "expected true or false", message)
+    return message.removeprefix("flag ")
+
+
+def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a program and leaves the process with an honest exit code.
+
+    0 finished; 2 bad input, told in one line; 130 or 143 interrupted; 1 anything else. What `main`
+    returns is the exit code, None being 0.
+
+    Args:
+      main: the program, given its parsed flags; its module's docstring is the text of `--help`.
+      flags: what `new_flags` made, with the program's own flags defined on it.
+      argv: the command line; that of the process if None, which may be restarted by
+        `tune_allocator`.
+    """
+    if argv is None:
+        tune_allocator()
+        argv = sys.argv
+    try:
+        parse(flags, argv)
+        if flags.help:
+            print(usage(flags, main.__globals__["__doc__"] or ""))
+            sys.exit(0)
+        # Libraries that define flags of their own read them from here.
+        if not absl_flags.FLAGS.is_parsed():
+            absl_flags.FLAGS(argv[:1])
+        code = main(flags) or 0
+    except InputError as error:
+        print("error:", str(error).replace("\n", " "), file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.exit(code)
+
+
+class Interruption:
+    """Records SIGINT and SIGTERM inside a `with` block, so that a loop can stop when it suits.
+
+    A second signal of the same kind is not waited for: the default action is restored and taken.
+
+    Attributes:
+      requested: the first signal that came, or None.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.requested: int | None = None
+        self._seen: set[int] = set()
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "Interruption":
+        for number in self.signals:
+            self._previous[number] = signal.signal(number, self._record)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+    def _record(self, number, frame) -> None:
+        if number in self._seen:
+            if number == signal.SIGINT:
+                signal.signal(number, signal.default_int_handler)
+                raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._seen.add(number)
+        self.requested = self.requested or number
+
+    @property
+    def exit_code(self) -> int:
+        """130 after SIGINT, 143 after SIGTERM, 0 if neither came."""
+        return 128 + self.requested if self.requested else 0
+
+
+def tune_allocator() -> None:
+    """Restarts this process once with an allocator that keeps freed memory, on Linux without GPU.
+
+    XLA on CPU frees and maps its temporary arena at every step; keeping it is worth 16 to 20 % of a
+    training step, at the price of a resident size that does not shrink. The process id, the command
+    line and the working directory stay. Nothing happens where GLIBC_TUNABLES or
+    PARSCALE_KEEP_ALLOCATOR is set, or where an accelerator is asked for or found.
+
+    Many fake CPU devices on few cores hang XLA unless it has a thread for each; so NPROC is set
+    where JAX_NUM_CPU_DEVICES asks for some.
+    """
+    if os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
+        os.environ.setdefault("NPROC", "32")
+    if {"GLIBC_TUNABLES", "PARSCALE_KEEP_ALLOCATOR"} & os.environ.keys():
+        return
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms != "cpu" and (platforms or any(map(glob.glob, ACCELERATORS))):
+        return
+    # What came by `-c` or standard input cannot be started a second time.
+    if not hasattr(sys.modules["__main__"], "__file__") or not _is_glibc():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    environment = os.environ | {"GLIBC_TUNABLES": ALLOCATOR}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _is_glibc() -> bool:
+    try:
+        return bool(os.confstr("CS_GNU_LIBC_VERSION"))
+    except (AttributeError, ValueError, OSError):
+        return False
