@@ -11,7 +11,7 @@ from models.aggregation import make_aggregation
 from models.attention import Attention
 from models.config import ModelConfig
 from models.context import Context
-from models.layers import RMSNorm, SwiGLU, project, rope_tables
+from models.layers import RMSNorm, SwiGLU, rope_tables
 from models.transforms import SoftTokens
 from models.weights import WeightMaker
 from pallas_kernels import masks
@@ -118,7 +118,8 @@ class LanguageModel(nnx.Module):
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """The LM head, float32."""
         with jax.named_scope("head"):
-            return project(x, self.head_weight())[0].astype(jnp.float32)
+            head = self.head_weight().astype(x.dtype)
+            return jnp.einsum("...d,dv->...v", x, head, preferred_element_type=jnp.float32)
 
     def head_weight(self) -> Float[Array, "D V"]:
         """The LM head's matrix: the transposed embedding if they are tied."""
@@ -144,6 +145,8 @@ class LanguageModel(nnx.Module):
 
     def unstack(self) -> "LanguageModel":
         """The same model with one set of weights per layer instead of stacks."""
+        if isinstance(self.layers, nnx.List):
+            return self
         graph, rest = nnx.split(self)
         model = nnx.merge(graph, rest)
         model.layers = nnx.List([self._slice_layer(layer) for layer in range(self.config.layers)])
