@@ -63,7 +63,6 @@ def new_flags(config: bool = False) -> absl_flags.FlagValues:
       config: whether the program takes `--config` and a flag for every field of `Config`.
     """
     flags = absl_flags.FlagValues()
-    absl_flags.DEFINE_boolean("help", False, "this text", short_name="h", flag_values=flags)
     if not config:
         return flags
     absl_flags.DEFINE_string("config", None, f"preset: {_a_preset()}", flag_values=flags)
@@ -119,18 +118,6 @@ def _a_preset() -> str:
     return f"a Python file with get_config(), or one of {', '.join(presets())}"
 
 
-def load_workdir(workdir: str | os.PathLike) -> Config:
-    """The configuration of the run in `workdir`.
-
-    Raises:
-      InputError: there is no run, or its configuration cannot be read.
-    """
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.is_file():
-        raise InputError(f"{workdir}: no run there (no config.json); expected the workdir of a run")
-    return config_io.from_json(Config, path)
-
-
 def changes(flags: absl_flags.FlagValues) -> dict[str, object]:
     """The fields that were given on the command line, by dotted name."""
     names = [leaf.name for leaf in config_io.leaves(Config)]
@@ -144,10 +131,11 @@ def load_config(flags: absl_flags.FlagValues, workdir: str = "") -> Config:
     Raises:
       InputError: neither is there, or the result does not validate.
     """
+    saved = pathlib.Path(workdir) / "config.json"
     if flags.config is not None:
         config = load_preset(flags.config)
-    elif workdir and (pathlib.Path(workdir) / "config.json").exists():
-        config = load_workdir(workdir)
+    elif workdir and saved.exists():
+        config = config_io.from_json(Config, saved)
     else:
         raise InputError(f"--config is missing: expected {_a_preset()}")
     return config_io.replace(config, changes(flags))
@@ -155,9 +143,11 @@ def load_config(flags: absl_flags.FlagValues, workdir: str = "") -> Config:
 
 def usage(flags: absl_flags.FlagValues, doc: str) -> str:
     """What `--help` prints: the program's text, its flags, then the fields of the configuration."""
-    own = [name for name in flags if not name.startswith("config.") and name != "h"]
-    own.sort(key=lambda name: (name == "help", name != "config"))
-    lines = [doc.strip(), "", "Flags:", *(line for name in own for line in _flag_help(flags[name]))]
+    own = sorted((n for n in flags if not n.startswith("config.")), key=lambda n: n != "config")
+    lines = [doc.strip(), "", "Flags:"]
+    for name in own:
+        lines += _flag_help(flags[name])
+    lines.append(f"{'  --help':<41}this text")
     fields = [name for name in flags if name.startswith("config.")]
     if fields:
         lines += ["", "Configuration fields, each with its value where the preset gives none:"]
@@ -171,13 +161,12 @@ def usage(flags: absl_flags.FlagValues, doc: str) -> str:
 
 
 def _flag_help(flag: absl_flags.Flag) -> list[str]:
-    default = flag.default
+    default = "..." if flag.default is None else flag.default
     if isinstance(default, list | tuple):
         default = ",".join(map(str, default))
-    shown = f"  --{flag.name}"
-    if flag.name != "help":
-        default = default if default is not None else "..."
-        shown += f"={str(default).lower() if isinstance(default, bool) else default}"
+    if isinstance(default, bool):
+        default = str(default).lower()
+    shown = f"  --{flag.name}={default}"
     text = textwrap.wrap(" ".join(flag.help.split()), 58) or [""]
     if len(shown) > 40:
         return [shown, *(" " * 41 + line for line in text)]
@@ -196,8 +185,7 @@ def parse(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     try:
         rest = flags(list(argv))[1:]
     except absl_flags.UnrecognizedFlagError as error:
-        names = [name for name in flags if len(name) > 1]
-        guess = config_io.nearest_name(error.flagname, names)
+        guess = config_io.nearest_name(error.flagname, list(flags))
         guess = guess.replace('"', '"--', 1)
         raise InputError(f"--{error.flagname}: no such flag{guess}; --help lists all") from None
     except absl_flags.Error as error:
@@ -232,11 +220,11 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
     if argv is None:
         tune_allocator()
         argv = sys.argv
+    if {"--help", "-help", "-h"}.intersection(argv[1:]):
+        print(usage(flags, main.__globals__["__doc__"] or ""))
+        sys.exit(0)
     try:
         parse(flags, argv)
-        if flags.help:
-            print(usage(flags, main.__globals__["__doc__"] or ""))
-            sys.exit(0)
         # Libraries that define flags of their own read them from here.
         if not absl_flags.FLAGS.is_parsed():
             absl_flags.FLAGS(argv[:1])

@@ -54,6 +54,9 @@ class ModelConfig:
             self, 1, "vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width", "streams",
             "transform_size", "max_length",
         )  # fmt: skip
+        check_at_least(self, 0, "norm_eps", "init_std", "transform_std")
+        if self.rope_theta <= 0:
+            raise InputError(f"rope_theta={self.rope_theta}: expected more than 0")
         if self.width % self.heads:
             raise InputError(
                 f"width={self.width} is not divisible by heads={self.heads}: "

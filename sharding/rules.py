@@ -68,9 +68,9 @@ def named_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
 
 
 def is_sharded() -> bool:
-    """Whether the ambient mesh has more than one device."""
+    """Whether arrays here spread over more than one device: on a mesh, outside of `shard_call`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1
+    return not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -95,10 +95,11 @@ def shard_call(
     """
     if not is_sharded():
         return function
-    is_axes = lambda node: isinstance(node, tuple) and all(
-        axis is None or isinstance(axis, str) for axis in node
-    )
-    in_specs = jax.tree.map(partition_spec, in_axes, is_leaf=is_axes)
+
+    def is_axes(node: Any) -> bool:
+        return type(node) is tuple and all(name is None or isinstance(name, str) for name in node)
+
+    in_specs = tuple(jax.tree.map(partition_spec, axes, is_leaf=is_axes) for axes in in_axes)
     return jax.shard_map(
         function, in_specs=in_specs, out_specs=partition_spec(out_axes), check_vma=False
     )
