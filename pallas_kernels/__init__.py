@@ -1,0 +1,5 @@
+"""Ops with one public function each and several implementations; knows nothing of models."""
+
+from pallas_kernels.flash import attention
+
+__all__ = ["attention"]
