@@ -163,13 +163,16 @@ def replace(config: C, changes: Mapping[str, Any]) -> C:
 def to_json(config: Any, path: str | os.PathLike) -> None:
     """Writes `config` to a file; whoever reads it finds the old one or the new one, whole."""
     path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(to_dict(config), file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(to_dict(config), file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def from_json(cls: type[C], path: str | os.PathLike) -> C:
