@@ -56,25 +56,37 @@ class TrainConfig:
         "what learns: all, or only the streams' own parameters and the aggregation",
         choices=("all", "streams"),
     )
-    max_bad_steps: int = option(10, "non-finite steps in a row after which the run stops", resume="free")
+    max_bad_steps: int = option(
+        10, "non-finite steps in a row after which the run stops", resume="free"
+    )
     log_every: int = option(10, "steps between log lines", resume="free")
-    eval_every: int = option(0, "steps between evaluations; 0 evaluates at the end only", resume="free")
+    eval_every: int = option(
+        0, "steps between evaluations; 0 evaluates at the end only", resume="free"
+    )
     eval_rows: int = option(256, "most held-out rows in an evaluation", resume="free")
     sample_tokens: int = option(128, "tokens of each sample printed at the end", resume="free")
-    checkpoint_every: int = option(0, "steps between checkpoints; 0 saves by time only", resume="free")
-    checkpoint_minutes: float = option(5.0, "minutes between checkpoints; 0: by steps only", resume="free")
+    checkpoint_every: int = option(
+        0, "steps between checkpoints; 0 saves by time only", resume="free"
+    )
+    checkpoint_minutes: float = option(
+        5.0, "minutes between checkpoints; 0: by steps only", resume="free"
+    )
     keep: int = option(3, "newest checkpoints that are kept", resume="free")
 
     def __post_init__(self):
         check_choices(self)
-        check_at_least(self, 1, "steps", "accumulate", "loss_chunk", "max_bad_steps", "log_every", "keep")
+        check_at_least(
+            self, 1, "steps", "accumulate", "loss_chunk", "max_bad_steps", "log_every", "keep"
+        )
         check_at_least(
             self, 0, "learning_rate", "warmup_steps", "decay_steps", "final_rate", "weight_decay",
             "clip_norm", "eval_every", "eval_rows", "sample_tokens", "checkpoint_every",
             "checkpoint_minutes",
         )  # fmt: skip
         if self.schedule == "wsd" and self.decay_steps < 1:
-            raise InputError("schedule=wsd: decay_steps must be at least 1, the length of the decay")
+            raise InputError(
+                "schedule=wsd: decay_steps must be at least 1, the length of the decay"
+            )
         if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
             raise InputError(
                 f"schedule=wsd: warmup_steps={self.warmup_steps} and decay_steps="

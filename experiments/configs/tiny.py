@@ -1,6 +1,6 @@
 """A P = 4 byte-level model on the standard library's source: the first thing to run.
 
-    python -m experiments.train --config=experiments/configs/tiny.py --workdir=/tmp/tiny
+python -m experiments.train --config=experiments/configs/tiny.py --workdir=/tmp/tiny
 """
 
 from models.config import ModelConfig
