@@ -36,13 +36,13 @@ def leaves(cls: type, prefix: str = "") -> Iterator[Leaf]:
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
-    """` (did you mean "..."?)`: a like name in the section, else a namesake, else the closest."""
+    """` (did you mean "..."?)`: a namesake, else a like name in the section, else the closest."""
     section, dot, last = name.rpartition(".")
-    siblings = [known.rpartition(".")[2] for known in names if known.rpartition(".")[0] == section]
     namesakes = [known for known in names if known.rpartition(".")[2] == last]
-    sibling = nearest(last, siblings).replace('"', f'"{section}{dot}', 1)
-    if not sibling and namesakes:
+    if namesakes:
         return f' (did you mean "{namesakes[0]}"?)'
+    siblings = [known.rpartition(".")[2] for known in names if known.rpartition(".")[0] == section]
+    sibling = nearest(last, siblings).replace('"', f'"{section}{dot}', 1)
     return sibling or nearest(name, names)
 
 

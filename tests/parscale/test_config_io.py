@@ -120,11 +120,12 @@ def test_replace_validates_all_changes_together():
         config_io.replace(Config(), {"model": ModelConfig()})
 
 
-def test_nearest_name_prefers_the_section_then_a_namesake():
+def test_nearest_name_prefers_a_namesake_then_the_section():
     names = [leaf.name for leaf in config_io.leaves(Config)]
     for wrong, right in [
         ("model.stream", "model.streams"),
-        ("mesh.streams", "mesh.stream"),
+        ("mesh.streams", "model.streams"),
+        ("mesh.streem", "mesh.stream"),
         ("streams", "model.streams"),
         ("train.kv_heads", "model.kv_heads"),
         ("modell.kv_head", "model.kv_heads"),
