@@ -1,6 +1,7 @@
 """Configurations as dictionaries, JSON files and flat names; what may change when a run resumes."""
 
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -36,14 +37,16 @@ def leaves(cls: type, prefix: str = "") -> Iterator[Leaf]:
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:
-    """` (did you mean "..."?)`: a namesake, else a like name in the section, else the closest."""
+    """` (did you mean "..."?)`: a slip in the last part, a namesake, or the closest.
+
+    A namesake has the same last part, in another section.
+    """
     section, dot, last = name.rpartition(".")
-    namesakes = [known for known in names if known.rpartition(".")[2] == last]
-    if namesakes:
-        return f' (did you mean "{namesakes[0]}"?)'
     siblings = [known.rpartition(".")[2] for known in names if known.rpartition(".")[0] == section]
-    sibling = nearest(last, siblings).replace('"', f'"{section}{dot}', 1)
-    return sibling or nearest(name, names)
+    slips = difflib.get_close_matches(last, siblings, n=1, cutoff=0.8)
+    found = [section + dot + slip for slip in slips]
+    found += [known for known in names if known.rpartition(".")[2] == last]
+    return f' (did you mean "{found[0]}"?)' if found else nearest(name, names)
 
 
 def expected(kind: Any) -> str:

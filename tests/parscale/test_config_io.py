@@ -120,12 +120,11 @@ def test_replace_validates_all_changes_together():
         config_io.replace(Config(), {"model": ModelConfig()})
 
 
-def test_nearest_name_prefers_a_namesake_then_the_section():
+def test_nearest_name_prefers_a_slip_then_a_namesake():
     names = [leaf.name for leaf in config_io.leaves(Config)]
     for wrong, right in [
         ("model.stream", "model.streams"),
-        ("mesh.streams", "model.streams"),
-        ("mesh.streem", "mesh.stream"),
+        ("mesh.streams", "mesh.stream"),
         ("streams", "model.streams"),
         ("train.kv_heads", "model.kv_heads"),
         ("modell.kv_head", "model.kv_heads"),
