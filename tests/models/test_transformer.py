@@ -1,7 +1,6 @@
 """The model against an independent decoder, and the properties that every form of it must have."""
 
 import dataclasses
-import functools
 import subprocess
 import sys
 
@@ -11,45 +10,12 @@ import numpy as np
 import pytest
 import qwen2_reference as reference
 from flax import nnx
+from random_models import SMALL, TRANSFORMS, forward, make_model, random_ids
 
 from models import huggingface
 from models.config import ModelConfig
-from models.transformer import LanguageModel
 from models.weights import StreamParam
 from sharding.settings import InputError
-
-SMALL = ModelConfig(
-    vocab_size=31, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, tied_embeddings=False,
-    streams=3, transform_size=4, init_std=0.3, transform_std=0.5,
-)  # fmt: skip
-TRANSFORMS = ("prefix", "soft_tokens", "low_rank", "bias")
-
-
-def make_model(config: ModelConfig, seed: int = 0) -> LanguageModel:
-    """A model in which no weight keeps an initial value of 0 or 1."""
-    model = LanguageModel(config, rngs=nnx.Rngs(seed))
-    rng = np.random.default_rng(seed)
-    noisy = jax.tree.map(
-        lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32),
-        nnx.state(model),
-    )
-    nnx.update(model, noisy)
-    return model
-
-
-def random_ids(config: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, config.vocab_size, shape, dtype=np.int32)
-
-
-def forward(model: LanguageModel, ids, **arguments):
-    """Compiled logits of a model."""
-    graph, params = nnx.split(model)
-    return np.asarray(run(graph, params, ids, arguments))
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def run(graph, params, ids, arguments):
-    return nnx.merge(graph, params)(ids, **arguments)
 
 
 @pytest.mark.parametrize("config", [reference.CONFIG, reference.PARSCALE], ids=["P1", "P3"])
@@ -64,17 +30,15 @@ def test_logits_are_those_of_an_independent_decoder(config, tmp_path):
 
 def test_one_stream_is_the_plain_model_to_the_bit():
     plain = dataclasses.replace(SMALL, streams=1)
-    model = LanguageModel(plain, rngs=nnx.Rngs(0))
+    model = make_model(plain)
     ids = random_ids(plain, 2, 9)
     expected = forward(model, ids)
     assert not jax.tree.leaves(nnx.state(model, StreamParam))
-    for transform, aggregation in zip(
-        TRANSFORMS, ("mean", "constant", "dynamic", "mean"), strict=True
-    ):
+    for transform, aggregation in (("soft_tokens", "mean"), ("low_rank", "constant")):
         other = dataclasses.replace(
             plain, transform=transform, aggregation=aggregation, smoothing=0.7, transform_size=9
         )
-        assert forward(LanguageModel(other, rngs=nnx.Rngs(0)), ids).tobytes() == expected.tobytes()
+        assert forward(make_model(other), ids).tobytes() == expected.tobytes()
 
 
 def test_scanned_unrolled_and_unstacked_layers_give_the_same():
@@ -166,7 +130,7 @@ def test_rematerialisation_changes_no_loss_and_no_gradient():
     for other in results[1:]:
         jax.tree.map(
             # What is computed again is compiled again: sums may be ordered otherwise.
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max()),
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max()),
             other,
             results[0],
         )
@@ -174,34 +138,40 @@ def test_rematerialisation_changes_no_loss_and_no_gradient():
 
 def test_bfloat16_compute_keeps_float32_where_it_matters():
     exact = make_model(SMALL)
-    config = dataclasses.replace(SMALL, dtype="bfloat16")
-    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
-    params = nnx.to_pure_dict(nnx.state(exact))
-    model = nnx.merge(graph, params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
+    model = make_model(dataclasses.replace(SMALL, dtype="bfloat16"))
     ids = random_ids(SMALL, 2, 9)
-    x, _ = model.run_streams(ids)
+    graph, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+
+    def loss(params):
+        model = nnx.merge(graph, params)
+        x, _ = model.run_streams(ids)
+        logits = model.logits(model.mix(x))
+        return jnp.mean(jax.nn.logsumexp(logits, -1)), (x, model.aggregation.weights(x), logits)
+
+    (value, (x, weights, logits)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        params
+    )
     assert x.dtype == jnp.bfloat16
-    weights = model.aggregation.weights(x)
-    assert weights.dtype == jnp.float32
+    assert {value.dtype, weights.dtype, logits.dtype} == {jnp.dtype("float32")}
+    for tree in (params, gradient):
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
-    logits = model(ids)
-    assert logits.dtype == jnp.float32
+    logits = np.asarray(logits)
     # The LM head accumulates in float32: its results are not rounded to bfloat16.
-    assert (np.asarray(logits) != np.asarray(logits.astype(jnp.bfloat16), np.float32)).mean() > 0.9
+    assert (logits != logits.astype(jnp.bfloat16).astype(np.float32)).mean() > 0.9
     # About 30 roundings in a row, each of 2^-8 of a value at most, of random sign.
     expected = forward(exact, ids)
     assert np.sqrt(np.mean((logits - expected) ** 2)) < 0.04 * np.sqrt(np.mean(expected**2))
-    loss = lambda params: jnp.mean(jax.nn.logsumexp(nnx.merge(graph, params)(ids), -1))
-    gradient = jax.jit(jax.grad(loss))(params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 
 def test_norms_are_computed_in_float32():
     config = dataclasses.replace(SMALL, dtype="bfloat16")
-    norm = LanguageModel(config, rngs=nnx.Rngs(0)).norm
+    norm = make_model(config).norm
     x = jnp.asarray(300 * np.random.default_rng(0).normal(size=(64, 32)), jnp.bfloat16)
-    exact = reference.rms_norm(np.asarray(x, np.float64), np.ones(32), config.norm_eps)
+    exact = reference.rms_norm(
+        np.asarray(x, np.float64), np.asarray(norm.scale[...]), config.norm_eps
+    )
     # One rounding at the end, of at most 2^-8 of the value, and float32 roundings.
     np.testing.assert_allclose(np.asarray(norm(x), np.float64), exact, rtol=2**-8 + 1e-6)
 
