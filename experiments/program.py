@@ -141,6 +141,23 @@ def load_config(flags: absl_flags.FlagValues, workdir: str = "") -> Config:
     return config_io.replace(config, changes(flags))
 
 
+def default_workdir(flags: absl_flags.FlagValues) -> str:
+    """`runs/<name of the preset>`, below the current folder.
+
+    Raises:
+      InputError: there is no preset to name it after.
+    """
+    if flags.config is None:
+        raise InputError(f"--config is missing: expected {_a_preset()}")
+    return os.path.join("runs", pathlib.Path(flags.config).stem)
+
+
+def fail(error: Exception) -> int:
+    """Prints an error that needs no traceback, in one line. Returns the exit code for it."""
+    print("error:", str(error).replace("\n", " "), file=sys.stderr)
+    return 1
+
+
 def usage(flags: absl_flags.FlagValues, doc: str) -> str:
     """What `--help` prints: the program's text, its flags, then the fields of the configuration."""
     own = sorted((n for n in flags if not n.startswith("config.")), key=lambda n: n != "config")
@@ -230,7 +247,7 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
             absl_flags.FLAGS(argv[:1])
         code = main(flags) or 0
     except InputError as error:
-        print("error:", str(error).replace("\n", " "), file=sys.stderr)
+        fail(error)
         code = 2
     except KeyboardInterrupt:
         code = 130

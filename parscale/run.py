@@ -1,0 +1,447 @@
+"""A training run from start or restart to its result: the loop, its records and checkpoints."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from models.trees import Tree, overlay
+from parscale import config_io, data, flops, generate, ngrams, workdir
+from parscale.checkpoints import Checkpoints, restore_params
+from parscale.config import Config
+from parscale.metrics import MetricsWriter
+from parscale.progress import Progress, format_seconds
+from parscale.training import Training, TrainState
+from sharding.settings import InputError
+
+SAMPLE_PROMPTS = ("def ", "import ", "class ")
+COUNTERS = ("step", "skipped", "bad_streak")
+
+
+class DivergedError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+@dataclasses.dataclass
+class Record:
+    """What a checkpoint keeps beside the arrays, for the run to go on as if never stopped.
+
+    Attributes:
+      data: state of the batch iterator.
+      tokens: targets learned from.
+      seconds: of training, over all restarts.
+      examples: SHA-256 chained over the row numbers of every batch consumed, in order.
+    """
+
+    data: Any = None
+    tokens: int = 0
+    seconds: float = 0.0
+    examples: str = ""
+
+    def consume(self, rows: np.ndarray, tokens: int) -> None:
+        """Counts a batch."""
+        digest = hashlib.sha256(bytes.fromhex(self.examples))
+        digest.update(np.asarray(rows, "<i8").tobytes())
+        self.examples = digest.hexdigest()
+        self.tokens += tokens
+
+
+def train(
+    config: Config,
+    folder: str | Path,
+    *,
+    grow_streams: bool = False,
+    profile_steps: tuple[int, int] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Trains, or goes on with, the run in a workdir.
+
+    Args:
+      config: the run.
+      folder: its workdir; made if it is not there.
+      grow_streams: let a run go on with more streams than it has.
+      profile_steps: first and last step of a profiler trace, written to `profile/`.
+      should_stop: asked after every step; the run then saves and ends early.
+
+    Returns:
+      what `result.json` holds, or None if the run was stopped early.
+
+    Raises:
+      InputError: the configuration, corpus, weights or workdir do not fit; nothing was changed.
+      DivergedError: `train.max_bad_steps` steps in a row were not finite.
+      SaveError: a checkpoint could not be written.
+    """
+    folder = Path(folder)
+    run = workdir.run_folder(folder, config)
+    saved = saved_config(run)
+    if saved is not None:
+        config_io.check_resumable(saved, config, grow=grow_streams)
+    training = Training(config)
+    text = data.open_data(config.data, config.model.vocab_size)
+    batches = data.train_batches(
+        text, config.data, jax.process_index(), jax.process_count()
+    )
+    given = starting_params(config, folder, run)
+    with Checkpoints(run / workdir.CHECKPOINTS, config.train.keep) as checkpoints:
+        state, record = start(training, checkpoints, saved, given)
+        if record.data is not None:
+            batches.set_state(record.data)
+        config_io.to_json(config, run / workdir.CONFIG)
+        describe(config, training, text, int(state.step))
+        with MetricsWriter(run, int(state.step)) as metrics:
+            loop = Loop(training, text, checkpoints, metrics, batches, record, should_stop)
+            with profiled(run, profile_steps) as at_step:
+                state = loop.run(state, at_step)
+            if int(state.step) < config.train.steps:
+                return None
+            return finish(training, text, state, loop, run)
+
+
+def saved_config(run: Path) -> Config | None:
+    """The configuration of the run that was begun in a folder, if one was."""
+    path = run / workdir.CONFIG
+    return config_io.from_json(Config, path) if path.exists() else None
+
+
+def starting_params(config: Config, folder: Path, run: Path) -> Tree:
+    """The weights that a run starts from, other than fresh ones; an empty dict if there are none.
+
+    Frozen weights come from here at a restart, too: a run that trains streams alone does not
+    repeat them in its checkpoints.
+    """
+    source, alone = config.train.init_from, config.train.trainable == "streams"
+    begun = (run / workdir.CHECKPOINTS).exists()
+    backbone = folder / workdir.BACKBONE
+    if alone and backbone.exists() and (begun or not source):
+        return restore_params(backbone)[1]
+    if not source:
+        if alone:
+            raise InputError(
+                "train.trainable=streams: give the backbone with --config.train.init_from="
+                "<workdir or Hugging Face directory>"
+            )
+        return {}
+    if begun and not alone:
+        return {}
+    params = workdir.initial_params(source, config.model)
+    if alone:
+        workdir.keep_backbone(folder, workdir.backbone_of(params, config.model))
+    return params
+
+
+def saved_items(state: TrainState) -> dict[str, Any]:
+    """What of a state a checkpoint holds, by item."""
+    counters = {name: getattr(state, name) for name in COUNTERS}
+    return {"trainable": state.trainable, "optimizer": state.optimizer, "counters": counters}
+
+
+def start(
+    training: Training, checkpoints: Checkpoints, saved: Config | None, given: Tree
+) -> tuple[TrainState, Record]:
+    """The state of the last complete checkpoint, else the initial one; and its record."""
+    config = training.config
+    grown = saved is not None and saved.model.streams < config.model.streams
+    stored = Training(saved, training.mesh) if grown else training
+    restored = checkpoints.restore(saved_items(stored.abstract))
+    if restored is None:
+        return training.init(given), Record()
+    _, items, record = restored
+    frozen = training.init(given).frozen if training.abstract.frozen else {}
+    state = TrainState(
+        trainable=items["trainable"],
+        frozen=frozen,
+        optimizer=items["optimizer"],
+        **items["counters"],
+    )
+    if grown:
+        state = grow(training, state)
+    return state, Record(**record)
+
+
+def grow(training: Training, state: TrainState) -> TrainState:
+    """`state` of fewer streams as one of `training`; the new streams' moments start from 0."""
+    fresh = training.init()
+
+    def by_path(tree: Any) -> Tree:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+    merged = overlay(by_path(fresh), by_path(state))
+    leaves = jax.tree.unflatten(jax.tree.structure(fresh), merged.values())
+    return jax.tree.map(
+        lambda leaf, like: jax.device_put(leaf, like.sharding), leaves, training.abstract
+    )
+
+
+def describe(config: Config, training: Training, text: data.Data, step: int) -> None:
+    """Says what is about to be done."""
+    counts = flops.parameter_counts(config.model)
+    say(
+        f"model: {counts['total']:,} parameters, N = {counts['non_embedding']:,} without "
+        f"embeddings, P = {config.model.streams} streams; "
+        f"training {sum(leaf.size for leaf in jax.tree.leaves(training.abstract.trainable)):,}"
+    )
+    say(
+        f"data: {config.data.corpus}, {text.train_documents:,} documents with "
+        f"{text.train_tokens:,} tokens, {text.held_out_documents:,} documents held out"
+    )
+    say(f"devices: {training.mesh.size} x {jax.devices()[0].device_kind}")
+    if step:
+        say(f"resuming from step {step}")
+
+
+def say(text: str) -> None:
+    """Prints a line, from process 0 alone."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def profiled(run: Path, steps: tuple[int, int] | None) -> Iterator[Callable[[int], None]]:
+    """A function to call before each step, which traces the steps asked for."""
+    tracing = False
+
+    def at_step(step: int) -> None:
+        nonlocal tracing
+        if steps and step == steps[0]:
+            jax.profiler.start_trace(str(run / "profile"))
+            tracing = True
+        elif tracing and step > steps[1]:
+            jax.profiler.stop_trace()
+            tracing = False
+
+    try:
+        yield at_step
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
+
+
+class Loop:
+    """The steps of a run. Metrics are read one step late, so that the device never waits."""
+
+    def __init__(
+        self,
+        training: Training,
+        text: data.Data,
+        checkpoints: Checkpoints,
+        metrics: MetricsWriter,
+        batches: Any,
+        record: Record,
+        should_stop: Callable[[], bool],
+    ):
+        self.training = training
+        self.text = text
+        self.checkpoints = checkpoints
+        self.metrics = metrics
+        self.batches = batches
+        self.record = record
+        self.should_stop = should_stop
+        config = training.config
+        row_tokens = config.data.batch * config.data.length
+        self._step_flops = flops.train_flops(
+            config.model, config.data.length, config.data.batch
+        )
+        self._row_tokens = row_tokens
+        self._last_save = time.monotonic()
+        self._last_report = None
+        self.evaluated: tuple[int, float] | None = None
+
+    def run(self, state: TrainState, at_step: Callable[[int], None]) -> TrainState:
+        """Steps until the last one or until told to stop, then saves."""
+        train = self.training.config.train
+        step = int(state.step)
+        pending = None
+        with Progress(
+            train.steps, first=step, elapsed=self.record.seconds, every=train.log_every
+        ) as progress:
+            while step < train.steps and not self.should_stop():
+                at_step(step + 1)
+                batch = next(self.batches)
+                state, metrics = self.training.step(state, batch)
+                step += 1
+                if pending:
+                    self._report(progress, *pending)
+                pending = step, metrics
+                self.record.consume(batch["row"], int(batch["mask"].sum()))
+                self.record.seconds = progress.elapsed()
+                if self._evaluation_due(step):
+                    self._report(progress, *pending)
+                    pending = None
+                    self._evaluate(state, step, progress)
+                if self._save_due(step):
+                    self.save(state, step)
+            if pending:
+                self._report(progress, *pending)
+            self.record.seconds = progress.elapsed()
+        self.save(state, step, wait=True)
+        return state
+
+    def save(self, state: TrainState, step: int, wait: bool = False) -> None:
+        """Begins a checkpoint of a state."""
+        self.record.data = self.batches.get_state()
+        self.metrics.flush()
+        self.checkpoints.save(step, saved_items(state), dataclasses.asdict(self.record), wait)
+        self._last_save = time.monotonic()
+
+    def _save_due(self, step: int) -> bool:
+        train = self.training.config.train
+        minutes = (time.monotonic() - self._last_save) / 60
+        return step < train.steps and (
+            bool(train.checkpoint_every and step % train.checkpoint_every == 0)
+            or bool(train.checkpoint_minutes and minutes >= train.checkpoint_minutes)
+        )
+
+    def _evaluation_due(self, step: int) -> bool:
+        train = self.training.config.train
+        return bool(train.eval_every) and step % train.eval_every == 0 and step < train.steps
+
+    def _evaluate(self, state: TrainState, step: int, progress: Progress) -> None:
+        loss = held_out_loss(self.training, self.text, state)
+        bits = self.text.bits_per_byte(loss)
+        self.metrics.write(step, held_out_loss=loss, bits_per_byte=bits)
+        progress.print(f"step {step}  held-out loss {loss:.4f}  {bits:.4f} bits per byte")
+
+    def _report(self, progress: Progress, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Reads the metrics of a step that was dispatched, and waits for it if it must."""
+        train = self.training.config.train
+        values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        progress.update(step, values["loss"], int(values["tokens"]))
+        if values["bad_streak"]:
+            progress.print(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: skipped "
+                f"({values['bad_streak']} in a row, {values['skipped']} in all)"
+            )
+        if values["bad_streak"] >= train.max_bad_steps:
+            raise DivergedError(
+                f"{values['bad_streak']} steps in a row up to step {step} had a loss or gradient "
+                "that is not finite; the weights are those before them. Try a lower "
+                "train.learning_rate or a longer train.warmup_steps"
+            )
+        if step % train.log_every == 0 or step == train.steps:
+            now = time.monotonic()
+            speed = None
+            if self._last_report is not None:
+                before, then = self._last_report
+                speed = (step - before) / (now - then)
+            self._last_report = step, now
+            self.metrics.write(
+                step,
+                tokens=self.record.tokens,
+                loss=values["loss"],
+                learning_rate=values["learning_rate"],
+                grad_norm=values["grad_norm"],
+                skipped=values["skipped"],
+                tokens_per_second=speed and speed * self._row_tokens,
+                tflops_per_second=speed and speed * self._step_flops / 1e12,
+                seconds=self.record.seconds,
+            )
+
+
+def held_out_loss(training: Training, text: data.Data, state: TrainState) -> float:
+    """Mean loss over the held-out rows of the configuration, nats per token."""
+    config = training.config
+    total, tokens = 0.0, 0.0
+    for batch in held_out(training, text):
+        total += float(np.sum(np.asarray(training.evaluate(state, batch)), dtype=np.float64))
+        tokens += float(batch["mask"].sum())
+    if not tokens:
+        raise InputError(f"corpus {config.data.corpus}: no held-out token to predict")
+    return total / tokens
+
+
+def held_out(training: Training, text: data.Data) -> Iterator[data.Batch]:
+    """The batches of an evaluation."""
+    config = training.config
+    return data.held_out_batches(text, config.data.batch, config.train.eval_rows)
+
+
+def finish(
+    training: Training, text: data.Data, state: TrainState, loop: Loop, run: Path
+) -> dict[str, Any]:
+    """Evaluates, samples, and writes and returns the result of a whole run."""
+    config = training.config
+    loss = held_out_loss(training, text, state)
+    bits = text.bits_per_byte(loss)
+    say(f"held-out loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
+    baselines = {}
+    if text.tokenizer.fingerprint == "bytes":
+        counts = ngrams.count(text.train.tokens)
+        baselines = ngrams.bits_per_byte(counts, held_out(training, text))
+        say(
+            "byte models counted on the same training bytes: "
+            + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items())
+        )
+    if jax.process_index() == 0:
+        loop.metrics.write(config.train.steps, held_out_loss=loss, bits_per_byte=bits)
+    counts = flops.parameter_counts(config.model)
+    step_flops = flops.train_flops(config.model, config.data.length, config.data.batch)
+    result = {
+        "steps": config.train.steps,
+        "tokens": loop.record.tokens,
+        "seconds": round(loop.record.seconds, 3),
+        "held_out_loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": bits,
+        "ngram_bits_per_byte": baselines,
+        "skipped_steps": int(state.skipped),
+        "streams": config.model.streams,
+        "parameters": counts["total"],
+        "non_embedding_parameters": counts["non_embedding"],
+        "flops": step_flops * config.train.steps,
+        "weights_sha256": weights_digest(state),
+        "examples_sha256": loop.record.examples,
+        "corpus_sha256": text.corpus_hash,
+        "tokenizer": text.tokenizer.fingerprint,
+        "device": f"{training.mesh.size} x {jax.devices()[0].device_kind}",
+        "host": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")
+        }
+        | {"python": platform.python_version()},
+    }
+    if jax.process_index() == 0:
+        path = run / workdir.RESULT
+        path.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(path.with_suffix(".partial"), path)
+    if config.train.sample_tokens:
+        show_samples(training, text, state)
+    say(f"{format_seconds(loop.record.seconds)} of training; results in {run}")
+    return result
+
+
+def show_samples(training: Training, text: data.Data, state: TrainState) -> None:
+    """Prints what the model writes after a few beginnings."""
+    texts = generate.complete(
+        training.model(state),
+        text.tokenizer,
+        SAMPLE_PROMPTS,
+        training.config.train.sample_tokens,
+        generate.Sampling(temperature=0.8, seed=0),
+    )
+    for prompt, new in zip(SAMPLE_PROMPTS, texts, strict=True):
+        print(f"--- sample\n{prompt}{new}")
+
+
+def weights_digest(state: TrainState) -> str | None:
+    """SHA-256 over all parameters in order of name; None where this process lacks a part of them."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.params())
+    if not all(leaf.is_fully_addressable for _, leaf in leaves):
+        return None
+    digest = hashlib.sha256()
+    for path, leaf in leaves:
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
