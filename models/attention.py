@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from pallas_kernels.masks import Mask
 
 from models.config import ModelConfig
 from models.context import Context
@@ -14,6 +13,7 @@ from models.layers import apply_rope, project
 from models.transforms import layer_transform
 from models.weights import WeightMaker, zeros
 from pallas_kernels import attention
+from pallas_kernels.masks import Mask
 from sharding import rules
 
 HEADS = ("batch", "streams", None, "heads", None)

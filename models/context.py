@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 from jaxtyping import Array, Float, Int
+
 from pallas_kernels.masks import Mask
 
 
@@ -16,7 +17,7 @@ class Context:
       positions: int32 `[B, T]`, each token's place in its document (and in the cache).
       rope: cosines and sines of the rotary embedding, float32 `[B, T, h/2]` each.
       mask: who may see whom.
-      segment_ids: int32 `[B, T]`, documents count from 1 and 0 is padding; None: one document a row.
+      segment_ids: int32 `[B, T]`, documents count from 1, 0 is padding; None: one document a row.
     """
 
     positions: Int[Array, "B T"]

@@ -7,6 +7,7 @@ from flax import nnx
 
 from models.config import ModelConfig
 from models.transformer import LanguageModel
+from models.weights import StreamParam
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -16,8 +17,6 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
       `embedding` (token embedding and LM head), `streams` (transforms and aggregation), `total`,
       and `non_embedding`, the N of the scaling law: all but `embedding`, tied or not.
     """
-    from models.weights import StreamParam
-
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     count = lambda state: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
     streams, rest = nnx.state(model, StreamParam, ...)
@@ -58,7 +57,13 @@ def forward_flops(config: ModelConfig, length: int) -> int:
 
 
 def train_flops(config: ModelConfig, length: int, rows: int) -> int:
-    """Operations of a training step over `rows` rows: a forward pass and a backward pass of twice
-    its work. What rematerialisation computes again is not counted (model FLOPs, not hardware FLOPs).
+    """Operations of a training step: a forward pass, and a backward pass of twice its work.
+
+    What rematerialisation computes again is not counted (model FLOPs, not hardware FLOPs).
+
+    Args:
+      config: the model.
+      length: tokens in a row [T].
+      rows: rows in the step [B].
     """
     return 3 * rows * forward_flops(config, length)

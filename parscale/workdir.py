@@ -99,7 +99,7 @@ def is_huggingface(folder: Path) -> bool:
 
 
 def choose_run(workdir: Path, streams: int | None) -> Path:
-    """The folder of the run in `workdir` that has so many streams. Raises InputError if none has."""
+    """The folder of the run in `workdir` with so many streams. Raises InputError if none has."""
     runs = {}
     for folder in (workdir, *(workdir / STREAMS).glob("*")):
         if (folder / CONFIG).exists() and (folder / CHECKPOINTS).exists():

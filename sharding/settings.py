@@ -1,4 +1,4 @@
-"""What the configuration of every floor is made of: a documented field, and the error for bad input."""
+"""What every floor's configuration is made of: a documented field, and the error for bad input."""
 
 import dataclasses
 import difflib
@@ -8,7 +8,7 @@ Resume = Literal["fixed", "growable", "free"]
 
 
 class InputError(ValueError):
-    """A person's mistake. The message alone tells what was wrong, what was expected, how to mend it."""
+    """A person's mistake; the message says what was wrong, what was expected, how to mend it."""
 
 
 def option(default: Any, doc: str, *, resume: Resume = "fixed", choices: tuple = ()) -> Any:
