@@ -238,7 +238,7 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
         tune_allocator()
         argv = sys.argv
     if {"--help", "-help", "-h"}.intersection(argv[1:]):
-        print(usage(flags, main.__globals__["__doc__"] or ""))
+        _print_help(usage(flags, main.__globals__["__doc__"] or ""))
         sys.exit(0)
     try:
         parse(flags, argv)
@@ -255,6 +255,13 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
         traceback.print_exc()
         code = 1
     sys.exit(code)
+
+
+def _print_help(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Interruption:

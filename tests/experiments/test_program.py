@@ -147,6 +147,13 @@ def test_help_lists_every_field_with_default_meaning_and_choices(folder):
     assert seconds < 2
 
 
+def test_help_may_be_cut_short(folder):
+    process = start(folder, "--help")
+    process.stdout.close()
+    code, error = process.wait(30), process.stderr.read()
+    assert (code, error) == (0, "")
+
+
 def test_fields_and_flags_reach_the_program(folder):
     shown = show(
         folder, "--config=tiny", "--config.model.streams=2", "--config.model.qkv_bias=false",
