@@ -14,6 +14,7 @@ from experiments import program
 from models.config import ModelConfig
 from parscale import config_io
 from parscale.config import Config
+from sharding.settings import InputError
 
 PROGRAM = '''"""Does as it is told.
 
@@ -327,3 +328,17 @@ def test_allocator_is_left_alone(environment, tunables, folder):
 def test_fake_devices_get_a_thread_each(folder):
     assert show(folder, "--config=tiny", NPROC=None, JAX_NUM_CPU_DEVICES="8")["threads"] == "32"
     assert show(folder, "--config=tiny", NPROC=None, JAX_NUM_CPU_DEVICES=None)["threads"] is None
+
+
+def test_default_workdir_is_named_after_the_preset():
+    options = program.new_flags(config=True)
+    program.parse(options, ["fake", "--config=experiments/configs/tiny.py"])
+    assert program.default_workdir(options) == os.path.join("runs", "tiny")
+    program.parse(options, ["fake"])
+    with pytest.raises(InputError, match="--config is missing"):
+        program.default_workdir(options)
+
+
+def test_fail_tells_an_error_in_one_line(capsys):
+    assert program.fail(RuntimeError("no space\nleft")) == 1
+    assert capsys.readouterr().err == "error: no space left\n"
