@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -33,6 +34,11 @@ TOKENIZER_FILES = (
     "merges.txt", "generation_config.json",
 )  # fmt: skip
 SHARD_BYTES = 4 << 30
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "parscale_n", "parscale_n_tokens",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
 
 Layout = Callable[[np.ndarray], np.ndarray]
 
@@ -90,6 +96,9 @@ def read_config(directory: str | Path) -> ModelConfig:
     for name in (name for name, is_refused in refused.items() if is_refused):
         value = rope if name == "rope_scaling" else theirs[name]
         raise InputError(f"{where}: {name}={value!r} is not supported")
+    for name in SIZES:
+        if not isinstance(theirs.get(name, 1), int):
+            raise InputError(f"{where}: {name}={theirs[name]!r}: expected a whole number")
     try:
         streams = theirs.get("parscale_n", 1) if names[0] == PARSCALE else 1
         config = ModelConfig(
@@ -110,6 +119,8 @@ def read_config(directory: str | Path) -> ModelConfig:
         )
     except KeyError as error:
         raise InputError(f"{where}: {error.args[0]} is missing") from None
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     if theirs.get("head_dim", config.head_dim) != config.head_dim:
         raise InputError(
             f"{where}: head_dim={theirs['head_dim']}: only hidden_size / num_attention_heads "
@@ -122,13 +133,16 @@ def read_json(directory: str | Path) -> dict[str, Any]:
     """The `config.json` of a Hugging Face directory. Raises InputError if there is none."""
     path = Path(directory) / CONFIG
     try:
-        return json.loads(path.read_text())
+        theirs = json.loads(path.read_text())
     except OSError:
         raise InputError(
             f"{directory} is not a Hugging Face directory: it has no {CONFIG}"
         ) from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(theirs, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return theirs
 
 
 def load_params(
@@ -147,7 +161,7 @@ def load_params(
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in weight_files(directory):
         with open_file(path) as file:
-            for name in file.keys():  # noqa: SIM118: not a mapping
+            for name in list(file.keys()):
                 found[name] = (path, tuple(file.get_slice(name).get_shape()))
     if config.tied_embeddings:
         drop_tied_head(found)
@@ -182,6 +196,9 @@ def save(model: LanguageModel, directory: str | Path, *, like: str | Path | None
         aggregation than the dynamic one, no biases on q, k and v).
     """
     weights = nnx.to_pure_dict(nnx.state(model))
+    if isinstance(model.layers, nnx.List):
+        layers = [weights["layers"][layer] for layer in range(model.config.layers)]
+        weights["layers"] = jax.tree.map(lambda *arrays: np.stack(arrays), *layers)
     save_params(weights, model.config, directory, like=like)
 
 
@@ -194,13 +211,21 @@ def save_params(
 ) -> None:
     """`save` for a nested dict of arrays."""
     check_exportable(config)
+    theirs = (read_json(like) if like else {}) | config_json(config)
+    dtype = theirs["torch_dtype"] = theirs.get("torch_dtype") or theirs.get("dtype") or "float32"
+    if dtype not in DTYPES:
+        raise InputError(
+            f"{like}/{CONFIG}: torch_dtype={dtype!r}: expected one of {', '.join(DTYPES)}"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    theirs = (read_json(like) if like else {}) | config_json(config)
-    dtype = np.dtype(theirs.setdefault("torch_dtype", theirs.get("dtype", "float32")))
     files, index = write_shards(params, config, directory, jnp.dtype(dtype))
+    # Of an older model in this directory, nothing may be left that a reader would prefer.
     if files > 1:
         (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (directory / WEIGHTS).unlink(missing_ok=True)
+    else:
+        (directory / INDEX).unlink(missing_ok=True)
     (directory / CONFIG).write_text(json.dumps(theirs, indent=1) + "\n")
     for name in TOKENIZER_FILES if like else ():
         if (Path(like) / name).exists():
@@ -250,7 +275,9 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
 def tensor_table(config: ModelConfig) -> dict[str, Tensor]:
     """Every tensor of a Hugging Face file by name."""
     width, hidden, streams = config.width, config.mlp_width, config.streams
-    same: Layout = lambda array: array
+
+    def same(array):
+        return array
 
     def linear(path, layer, out: tuple[int, ...]) -> Tensor:
         """[prod(out), in] there, [in, *out] here."""
@@ -334,7 +361,7 @@ def tensor_table(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def weight_files(directory: str | Path) -> list[Path]:
-    """The safetensors files of a directory. Raises InputError if there are none or one is missing."""
+    """The safetensors files of a directory. Raises InputError if one is missing or none is there."""
     directory = Path(directory)
     if (directory / WEIGHTS).exists():
         return [directory / WEIGHTS]
@@ -344,10 +371,10 @@ def weight_files(directory: str | Path) -> list[Path]:
         raise InputError(f"{directory}: no {WEIGHTS} and no {INDEX}{hint}")
     try:
         names = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{directory / INDEX} is not an index of safetensors files") from None
     for name in names:
-        if Path(name).name != name or not (directory / name).exists():
+        if Path(str(name)).name != name or not (directory / name).exists():
             raise InputError(f"{directory / INDEX} names {name}, which is not in the directory")
     return [directory / name for name in names]
 
@@ -416,7 +443,7 @@ def export_tensors(
 def write_shards(
     params: dict[str, Any], config: ModelConfig, directory: Path, dtype: np.dtype
 ) -> tuple[int, dict[str, Any]]:
-    """Writes the weights, at most `SHARD_BYTES` a file. Returns the number of files and the index."""
+    """Writes the weights, at most `SHARD_BYTES` a file; returns the number of files, the index."""
     sizes = {
         name: int(np.prod(tensor.shape)) * dtype.itemsize
         for name, tensor in tensor_table(config).items()

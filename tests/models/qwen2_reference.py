@@ -1,4 +1,4 @@
-"""An independent Qwen2 and ParScale decoder in NumPy float64, on tensors by Hugging Face's names."""
+"""An independent Qwen2 and ParScale decoder in NumPy float64, on tensors in Hugging Face names."""
 
 import json
 from pathlib import Path
@@ -150,7 +150,7 @@ def aggregate(config: dict, tensors: dict, outputs: list[np.ndarray]) -> np.ndar
 
 
 def rotate(x: np.ndarray, theta: float) -> np.ndarray:
-    """Rotary embedding of `[n, T, h]` as a product of complex numbers (first half + i second half)."""
+    """Rotary embedding of `[n, T, h]`: the first half + i times the second half, turned."""
     half = x.shape[-1] // 2
     angles = np.arange(x.shape[1])[:, None] * theta ** (-np.arange(half) / half)
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
