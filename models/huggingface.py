@@ -361,7 +361,7 @@ def tensor_table(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def weight_files(directory: str | Path) -> list[Path]:
-    """The safetensors files of a directory. Raises InputError if one is missing or none is there."""
+    """The safetensors files of a directory. Raises InputError if one is not there."""
     directory = Path(directory)
     if (directory / WEIGHTS).exists():
         return [directory / WEIGHTS]
