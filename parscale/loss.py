@@ -23,10 +23,12 @@ def token_losses(
       chunk: positions whose logits exist at once.
     """
     length = x.shape[1]
-    head = head.astype(x.dtype)
 
     def losses(x, targets):
-        logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
+        # Cast here, not outside: the chunks' parts of the head's gradient then add up in float32.
+        logits = jnp.einsum(
+            "btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32
+        )
         picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
         return jax.nn.logsumexp(logits, -1) - picked
 
