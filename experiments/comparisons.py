@@ -1,0 +1,203 @@
+"""Which runs `experiments.bench` compares, and the tables it prints of them."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from experiments import program, timing
+from experiments.workloads import Shape
+
+MEASURES = ("train", "decode", "attention")
+ALLOCATORS = ("tuned", "default")
+
+
+class Row(NamedTuple):
+    """A line of a table.
+
+    Attributes:
+      name: what is run.
+      call, arguments, run: where it comes from, as for `timing.Worker`.
+      against: name of the row that it is compared with.
+      tokens: how many it yields.
+      flops: model operations it takes.
+    """
+
+    name: str
+    call: str
+    arguments: dict[str, Any]
+    run: str
+    against: str = ""
+    tokens: int = 0
+    flops: int = 0
+
+
+class Table(NamedTuple):
+    """Rows measured in turn, what they do, and what differs between them."""
+
+    title: str
+    note: str
+    rows: list[Row]
+
+
+def tables(shape: Shape, measures: list[str], peers: bool) -> list[Table]:
+    """What is measured.
+
+    Args:
+      shape: a `workloads.Shape`.
+      measures: some of `MEASURES`.
+      peers: whether PyTorch takes part.
+    """
+    make = {"train": _train_table, "decode": _decode_table, "attention": _attention_table}
+    return [make[name](shape, peers) for name in MEASURES if name in measures]
+
+
+def _train_table(shape: Shape, peers: bool) -> Table:
+    from parscale import flops
+
+    peer = f"PyTorch, batch {shape.rows}"
+    rows = []
+    for streams in dict.fromkeys((shape.streams, 1)):
+        batch = shape.rows // streams
+        rows.append(
+            Row(
+                f"ours, batch {batch}" + (f" x P {streams}" if streams > 1 else ", P 1"),
+                "experiments.workloads:train",
+                {"streams": streams},
+                "step",
+                peer,
+                batch * shape.length,
+                flops.train_flops(shape.model(streams), shape.length, batch),
+            )
+        )
+    if peers:
+        plain = rows[-1]
+        rows.append(Row(peer, "experiments.peers:train", {}, "step", "", plain.tokens, plain.flops))
+    note = (
+        f"{shape.rows} rows of {shape.length} tokens through the layers in every line; PyTorch is "
+        "transformers' Qwen2ForCausalLM (eager, SDPA, fused AdamW). P 1 is the same model; P "
+        f"{shape.streams} adds the prefix slots and the aggregation. tokens/s counts text."
+    )
+    return Table("training step, float32, AdamW, clipping", note, rows)
+
+
+def _decode_table(shape: Shape, peers: bool) -> Table:
+    rows, count = [], shape.decode_rows
+    for streams in dict.fromkeys((1, shape.streams)):
+        through = count * streams
+        peer = f"PyTorch, batch {through}"
+        rows.append(
+            Row(
+                f"ours, batch {count}, P {streams}",
+                "experiments.workloads:decode",
+                {"streams": streams},
+                "generate",
+                peer,
+                count * shape.tokens,
+            )
+        )
+        if peers:
+            rows.append(
+                Row(peer, "experiments.peers:decode", {"rows": through}, "generate", "",
+                    through * shape.tokens)
+            )  # fmt: skip
+    note = (
+        f"prompt of {shape.prompt}, {shape.tokens} new tokens a row, prefill included; PyTorch is "
+        f"the plain model by transformers' generate. P {shape.streams} is compared with the batch "
+        "that sends as many rows through the layers."
+    )
+    return Table("greedy decoding, float32", note, rows)
+
+
+def _attention_table(shape: Shape, peers: bool) -> Table:
+    sources = [("ours", "experiments.workloads:attention")]
+    if peers:
+        sources.append(("PyTorch SDPA", "experiments.peers:attention"))
+    sources.append(("jax.nn.dot_product_attention", "experiments.workloads:jax_attention"))
+    rows = [
+        Row(f"{name}, {run}", call, {}, run, "" if name == against else f"{against}, {run}")
+        for run in ("forward", "forward and backward")
+        for against in ("PyTorch SDPA",)
+        for name, call in sources
+    ]
+    note = (
+        f"[{shape.rows}, {shape.length}, {shape.heads} heads, {shape.kv_heads} KV, "
+        f"{shape.model(1).head_dim}] float32, each in its library's own layout."
+    )
+    return Table("causal attention", note, rows)
+
+
+def measure(
+    table: Table, shape: Shape, allocators: list[str], threads: int, options
+) -> dict[str, Any]:
+    """Times of the rows by name; with two allocators, a second set of rows for the other."""
+    workers, runs, rows = {}, {}, {}
+    try:
+        for allocator in allocators:
+            mark = "" if allocator == allocators[0] else f" ({allocator} allocator)"
+            for row in table.rows:
+                key = (allocator, row.call, str(row.arguments))
+                if key not in workers:
+                    report(f"starting {row.name}{mark}")
+                    arguments = {"shape": dataclasses.asdict(shape), **row.arguments}
+                    workers[key] = timing.Worker(
+                        row.call, arguments, environment(allocator, threads)
+                    )
+                name = row.name + mark
+                runs[name] = (workers[key], row.run)
+                rows[name] = row._replace(against=row.against and row.against + mark)
+        timings = timing.interleave(runs, options.rounds, options.seconds, options.quiet, report)
+    finally:
+        for worker in workers.values():
+            worker.close()
+        report("")
+    return {name: (rows[name], timings[name]) for name in rows}
+
+
+def environment(allocator: str, threads: int) -> dict[str, str | None]:
+    """Variables of a worker: CPU only, so many threads, this allocator."""
+    tuned = program.ALLOCATOR if allocator == "tuned" else None
+    return {
+        "GLIBC_TUNABLES": tuned,
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "NPROC": str(threads),
+        "OMP_NUM_THREADS": str(threads),
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def describe(table: Table, measured: Mapping[str, Any], quiet: float) -> str:
+    """The table as text."""
+    width = max(map(len, measured)) + 2
+    heads = ["min ms", "median ms", "min/peer", "median/peer", "tokens/s", "TFLOP/s", "others"]
+    lines = [table.title, f"{'':{width}}" + "".join(f"{head:>12}" for head in heads)]
+    loud = False
+    for name, (row, times) in measured.items():
+        cells = [f"{times.least * 1e3:.1f}", f"{times.median * 1e3:.1f}"]
+        peer = measured.get(row.against)
+        cells += [f"{ratio:.2f}" for ratio in ratios(times, peer[1])] if peer else ["", ""]
+        cells.append(f"{row.tokens / times.median:,.0f}" if row.tokens else "")
+        cells.append(f"{row.flops / times.median / 1e12:.3f}" if row.flops else "")
+        cells.append("?" if times.others is None else f"{times.others:.0%}")
+        loud |= (times.others or 0) > quiet
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
+    lines.append(table.note)
+    if loud:
+        lines.append(
+            f"Other processes took more than {quiet:.0%} of the processor time (column others): "
+            "trust the ratios less, and the times not at all."
+        )
+    return "\n".join(lines)
+
+
+def ratios(ours, peer) -> tuple[float, float]:
+    """Our least time over the peer's least, and our median over the peer's median."""
+    return ours.least / peer.least, ours.median / peer.median
+
+
+def report(text: str) -> None:
+    """Shows what is being done, on a terminal; the empty text clears it."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
