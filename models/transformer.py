@@ -96,7 +96,8 @@ class LanguageModel(nnx.Module):
         """Each stream's output after the final norm, and the cache; arguments as for a call."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
-        x = self.embedding[...][ids].astype(self.config.dtype)
+        # Rows gathered from a table that is whole along D come out split as `ids` are.
+        x = rules.constrain(self.embedding[...], "vocab", None)[ids].astype(self.config.dtype)
         shape = (ids.shape[0], self.config.streams, *x.shape[1:])
         x = rules.constrain(jnp.broadcast_to(x[:, None], shape), *STREAM_ACTIVATIONS)
         if cache is not None:

@@ -124,8 +124,13 @@ class Training:
 
     def _check_batch(self) -> None:
         data, train = self.config.data, self.config.train
-        shape = (data.batch // train.accumulate, data.length)
-        rules.check_divisible("data.batch over train.accumulate", shape, ("batch", None), self.mesh)
+        sizes = {
+            "data.batch over train.accumulate": (data.batch // train.accumulate, "batch"),
+            "model.streams": (self.config.model.streams, "streams"),
+            "data.length": (data.length, "length"),
+        }
+        for name, (size, axis) in sizes.items():
+            rules.check_divisible(name, (size,), (axis,), self.mesh)
 
     def _abstract_state(self, trainable: nnx.State, frozen: nnx.State) -> TrainState:
         def place(path, weight):
@@ -213,7 +218,7 @@ class Training:
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         loss, gradient = self._gradient(state, batch)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         with jax.named_scope("optimizer"):
             updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.trainable)
