@@ -17,45 +17,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from models.trees import Tree, overlay
-from parscale import config_io, data, flops, generate, ngrams, workdir
-from parscale.checkpoints import Checkpoints, restore_params
+from parscale import config_io, data, flops, generate, ngrams, restart, workdir
+from parscale.checkpoints import Checkpoints
 from parscale.config import Config
 from parscale.metrics import MetricsWriter
 from parscale.progress import Progress, format_seconds
+from parscale.restart import Record
 from parscale.training import Training, TrainState
 from sharding.settings import InputError
 
 SAMPLE_PROMPTS = ("def ", "import ", "class ")
-COUNTERS = ("step", "skipped", "bad_streak")
 
 
 class DivergedError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-@dataclasses.dataclass
-class Record:
-    """What a checkpoint keeps beside the arrays, for the run to go on as if never stopped.
-
-    Attributes:
-      data: state of the batch iterator.
-      tokens: targets learned from.
-      seconds: of training, over all restarts.
-      examples: SHA-256 chained over the row numbers of every batch consumed, in order.
-    """
-
-    data: Any = None
-    tokens: int = 0
-    seconds: float = 0.0
-    examples: str = ""
-
-    def consume(self, rows: np.ndarray, tokens: int) -> None:
-        """Counts a batch."""
-        digest = hashlib.sha256(bytes.fromhex(self.examples))
-        digest.update(np.asarray(rows, "<i8").tobytes())
-        self.examples = digest.hexdigest()
-        self.tokens += tokens
 
 
 def train(
@@ -72,35 +47,45 @@ def train(
       config: the run.
       folder: its workdir; made if it is not there.
       grow_streams: let a run go on with more streams than it has.
-      profile_steps: first and last step of a profiler trace, written to `profile/`.
+      profile_steps: first and last step of a profiler trace, written to `profile/`; those of them
+        that were done earlier are left out.
       should_stop: asked after every step; the run then saves and ends early.
 
     Returns:
       what `result.json` holds, or None if the run was stopped early.
 
     Raises:
-      InputError: the configuration, corpus, weights or workdir do not fit; nothing was changed.
+      InputError: the configuration, corpus, weights or workdir do not fit; no step was done.
       DivergedError: `train.max_bad_steps` steps in a row were not finite.
       SaveError: a checkpoint could not be written.
     """
     folder = Path(folder)
     run = workdir.run_folder(folder, config)
-    saved = saved_config(run)
+    saved = restart.saved_config(run)
     if saved is not None:
         config_io.check_resumable(saved, config, grow=grow_streams)
     training = Training(config)
     text = data.open_data(config.data, config.model.vocab_size)
-    batches = data.train_batches(
-        text, config.data, jax.process_index(), jax.process_count()
-    )
-    given = starting_params(config, folder, run)
+    batches = data.train_batches(text, config.data, jax.process_index(), jax.process_count())
+    given = restart.starting_params(config, folder, run)
     with Checkpoints(run / workdir.CHECKPOINTS, config.train.keep) as checkpoints:
-        state, record = start(training, checkpoints, saved, given)
+        state, record = restart.start(training, checkpoints, given, text.corpus_hash)
+        step = int(state.step)
+        if step > config.train.steps:
+            raise InputError(
+                f"train.steps={config.train.steps}: the run in {run} has done {step} steps; "
+                "give as many or more, or another --workdir"
+            )
         if record.data is not None:
             batches.set_state(record.data)
         config_io.to_json(config, run / workdir.CONFIG)
-        describe(config, training, text, int(state.step))
-        with MetricsWriter(run, int(state.step)) as metrics:
+        describe(config, training, text, step)
+        result = read_result(run)
+        if step == config.train.steps and result is not None:
+            say(f"all {step} steps were done before; results in {run / workdir.RESULT}")
+            return result
+        (run / workdir.RESULT).unlink(missing_ok=True)
+        with MetricsWriter(run, step) as metrics:
             loop = Loop(training, text, checkpoints, metrics, batches, record, should_stop)
             with profiled(run, profile_steps) as at_step:
                 state = loop.run(state, at_step)
@@ -109,80 +94,10 @@ def train(
             return finish(training, text, state, loop, run)
 
 
-def saved_config(run: Path) -> Config | None:
-    """The configuration of the run that was begun in a folder, if one was."""
-    path = run / workdir.CONFIG
-    return config_io.from_json(Config, path) if path.exists() else None
-
-
-def starting_params(config: Config, folder: Path, run: Path) -> Tree:
-    """The weights that a run starts from, other than fresh ones; an empty dict if there are none.
-
-    Frozen weights come from here at a restart, too: a run that trains streams alone does not
-    repeat them in its checkpoints.
-    """
-    source, alone = config.train.init_from, config.train.trainable == "streams"
-    begun = (run / workdir.CHECKPOINTS).exists()
-    backbone = folder / workdir.BACKBONE
-    if alone and backbone.exists() and (begun or not source):
-        return restore_params(backbone)[1]
-    if not source:
-        if alone:
-            raise InputError(
-                "train.trainable=streams: give the backbone with --config.train.init_from="
-                "<workdir or Hugging Face directory>"
-            )
-        return {}
-    if begun and not alone:
-        return {}
-    params = workdir.initial_params(source, config.model)
-    if alone:
-        workdir.keep_backbone(folder, workdir.backbone_of(params, config.model))
-    return params
-
-
-def saved_items(state: TrainState) -> dict[str, Any]:
-    """What of a state a checkpoint holds, by item."""
-    counters = {name: getattr(state, name) for name in COUNTERS}
-    return {"trainable": state.trainable, "optimizer": state.optimizer, "counters": counters}
-
-
-def start(
-    training: Training, checkpoints: Checkpoints, saved: Config | None, given: Tree
-) -> tuple[TrainState, Record]:
-    """The state of the last complete checkpoint, else the initial one; and its record."""
-    config = training.config
-    grown = saved is not None and saved.model.streams < config.model.streams
-    stored = Training(saved, training.mesh) if grown else training
-    restored = checkpoints.restore(saved_items(stored.abstract))
-    if restored is None:
-        return training.init(given), Record()
-    _, items, record = restored
-    frozen = training.init(given).frozen if training.abstract.frozen else {}
-    state = TrainState(
-        trainable=items["trainable"],
-        frozen=frozen,
-        optimizer=items["optimizer"],
-        **items["counters"],
-    )
-    if grown:
-        state = grow(training, state)
-    return state, Record(**record)
-
-
-def grow(training: Training, state: TrainState) -> TrainState:
-    """`state` of fewer streams as one of `training`; the new streams' moments start from 0."""
-    fresh = training.init()
-
-    def by_path(tree: Any) -> Tree:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-    merged = overlay(by_path(fresh), by_path(state))
-    leaves = jax.tree.unflatten(jax.tree.structure(fresh), merged.values())
-    return jax.tree.map(
-        lambda leaf, like: jax.device_put(leaf, like.sharding), leaves, training.abstract
-    )
+def read_result(run: Path) -> dict[str, Any] | None:
+    """What `result.json` holds, if there is one."""
+    path = run / workdir.RESULT
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def describe(config: Config, training: Training, text: data.Data, step: int) -> None:
@@ -209,16 +124,19 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def profiled(run: Path, steps: tuple[int, int] | None) -> Iterator[Callable[[int], None]]:
-    """A function to call before each step, which traces the steps asked for."""
+def profiled(
+    run: Path, steps: tuple[int, int] | None
+) -> Iterator[Callable[[int, TrainState], None]]:
+    """A function to call with the number and the state before each step; traces those asked for."""
     tracing = False
 
-    def at_step(step: int) -> None:
+    def at_step(step: int, state: TrainState) -> None:
         nonlocal tracing
-        if steps and step == steps[0]:
+        if steps and not tracing and steps[0] <= step <= steps[1]:
             jax.profiler.start_trace(str(run / "profile"))
             tracing = True
         elif tracing and step > steps[1]:
+            jax.block_until_ready(state)
             jax.profiler.stop_trace()
             tracing = False
 
@@ -251,15 +169,13 @@ class Loop:
         self.should_stop = should_stop
         config = training.config
         row_tokens = config.data.batch * config.data.length
-        self._step_flops = flops.train_flops(
-            config.model, config.data.length, config.data.batch
-        )
+        self._step_flops = flops.train_flops(config.model, config.data.length, config.data.batch)
         self._row_tokens = row_tokens
         self._last_save = time.monotonic()
         self._last_report = None
-        self.evaluated: tuple[int, float] | None = None
+        self.final_loss: float | None = None
 
-    def run(self, state: TrainState, at_step: Callable[[int], None]) -> TrainState:
+    def run(self, state: TrainState, at_step: Callable[[int, TrainState], None]) -> TrainState:
         """Steps until the last one or until told to stop, then saves."""
         train = self.training.config.train
         step = int(state.step)
@@ -268,7 +184,7 @@ class Loop:
             train.steps, first=step, elapsed=self.record.seconds, every=train.log_every
         ) as progress:
             while step < train.steps and not self.should_stop():
-                at_step(step + 1)
+                at_step(step + 1, state)
                 batch = next(self.batches)
                 state, metrics = self.training.step(state, batch)
                 step += 1
@@ -277,11 +193,14 @@ class Loop:
                 pending = step, metrics
                 self.record.consume(batch["row"], int(batch["mask"].sum()))
                 self.record.seconds = progress.elapsed()
-                if self._evaluation_due(step):
+                evaluation, save = self._evaluation_due(step), self._save_due(step)
+                if evaluation or save:
+                    # No checkpoint may be ahead of the rows that a kill leaves in metrics.csv.
                     self._report(progress, *pending)
                     pending = None
+                if evaluation:
                     self._evaluate(state, step, progress)
-                if self._save_due(step):
+                if save:
                     self.save(state, step)
             if pending:
                 self._report(progress, *pending)
@@ -293,7 +212,9 @@ class Loop:
         """Begins a checkpoint of a state."""
         self.record.data = self.batches.get_state()
         self.metrics.flush()
-        self.checkpoints.save(step, saved_items(state), dataclasses.asdict(self.record), wait)
+        self.checkpoints.save(
+            step, restart.saved_items(state), dataclasses.asdict(self.record), wait
+        )
         self._last_save = time.monotonic()
 
     def _save_due(self, step: int) -> bool:
@@ -306,13 +227,16 @@ class Loop:
 
     def _evaluation_due(self, step: int) -> bool:
         train = self.training.config.train
-        return bool(train.eval_every) and step % train.eval_every == 0 and step < train.steps
+        return step == train.steps or bool(train.eval_every and step % train.eval_every == 0)
 
     def _evaluate(self, state: TrainState, step: int, progress: Progress) -> None:
         loss = held_out_loss(self.training, self.text, state)
         bits = self.text.bits_per_byte(loss)
         self.metrics.write(step, held_out_loss=loss, bits_per_byte=bits)
-        progress.print(f"step {step}  held-out loss {loss:.4f}  {bits:.4f} bits per byte")
+        if step == self.training.config.train.steps:
+            self.final_loss = loss
+        else:
+            progress.print(f"step {step}  held-out loss {loss:.4f}  {bits:.4f} bits per byte")
 
     def _report(self, progress: Progress, step: int, metrics: dict[str, jax.Array]) -> None:
         """Reads the metrics of a step that was dispatched, and waits for it if it must."""
@@ -373,7 +297,9 @@ def finish(
 ) -> dict[str, Any]:
     """Evaluates, samples, and writes and returns the result of a whole run."""
     config = training.config
-    loss = held_out_loss(training, text, state)
+    loss = loop.final_loss
+    if loss is None:  # the run was killed between its last checkpoint and here
+        loss = held_out_loss(training, text, state)
     bits = text.bits_per_byte(loss)
     say(f"held-out loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
     baselines = {}
@@ -384,8 +310,6 @@ def finish(
             "byte models counted on the same training bytes: "
             + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items())
         )
-    if jax.process_index() == 0:
-        loop.metrics.write(config.train.steps, held_out_loss=loss, bits_per_byte=bits)
     counts = flops.parameter_counts(config.model)
     step_flops = flops.train_flops(config.model, config.data.length, config.data.batch)
     result = {
@@ -393,7 +317,7 @@ def finish(
         "tokens": loop.record.tokens,
         "seconds": round(loop.record.seconds, 3),
         "held_out_loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "bits_per_byte": bits,
         "ngram_bits_per_byte": baselines,
         "skipped_steps": int(state.skipped),
@@ -436,7 +360,7 @@ def show_samples(training: Training, text: data.Data, state: TrainState) -> None
 
 
 def weights_digest(state: TrainState) -> str | None:
-    """SHA-256 over all parameters in order of name; None where this process lacks a part of them."""
+    """SHA-256 over all parameters in order of name; None where this process lacks some of them."""
     leaves = jax.tree_util.tree_leaves_with_path(state.params())
     if not all(leaf.is_fully_addressable for _, leaf in leaves):
         return None
