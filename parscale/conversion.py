@@ -34,9 +34,10 @@ def convert(
         shrink, or the model does not fit Hugging Face's layout.
     """
     source, target = Path(source), Path(target)
+    workdir.check_writable(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is in the way: give a folder that does not exist or is empty")
-    weights = workdir.load_weights(source, _stored_streams(source, streams))
+    weights = workdir.load_weights(source, _kept_streams(source, streams))
     model, params = weights.model, weights.params
     if streams is not None and streams != model.streams:
         model = dataclasses.replace(model, streams=streams)
@@ -63,6 +64,7 @@ def convert(
     return model
 
 
-def _stored_streams(source: Path, streams: int | None) -> int | None:
-    """`streams` if the workdir `source` keeps several numbers of them, else None."""
-    return streams if (source / workdir.STREAMS).is_dir() else None
+def _kept_streams(source: Path, streams: int | None) -> int | None:
+    """`streams` if the workdir `source` has to choose by it, else None."""
+    kept = workdir.kept_runs(source)
+    return streams if streams in kept or len(kept) > 1 else None

@@ -6,6 +6,7 @@ in the workdir itself. Runs that train streams alone on one frozen backbone shar
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from models.growth import check_growable
 from models.transformer import LanguageModel
 from models.trees import merge, select
 from models.weights import StreamParam
-from parscale import config_io
+from parscale import config_io, tokenizers
 from parscale.checkpoints import Checkpoints, restore_params
 from parscale.config import Config, DataConfig
 from sharding.settings import InputError
@@ -58,10 +59,41 @@ class Weights:
 
 
 def run_folder(workdir: str | Path, config: Config) -> Path:
-    """Where the run of `config` keeps its files."""
+    """Where the run of `config` keeps its files.
+
+    Raises:
+      InputError: nothing can be written there, or the workdir already has a run with so many
+        streams in the other place, so that a number would no longer choose between them.
+    """
+    check_writable(workdir)
+    own, alone = Path(workdir), Path(workdir) / STREAMS / str(config.model.streams)
     if config.train.trainable == "streams":
-        return Path(workdir) / STREAMS / str(config.model.streams)
-    return Path(workdir)
+        run, other = alone, own
+    else:
+        run, other = own, alone
+    if is_run(other):
+        streams = config_io.from_json(Config, other / CONFIG).model.streams
+        if streams == config.model.streams:
+            raise InputError(
+                f"{other} already holds a run with {streams} streams, of another "
+                "train.trainable: give another --workdir"
+            )
+    return run
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raises InputError for a folder that is not there and cannot be made, or not be written."""
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise InputError(f"{folder}: {there} is a file; expected a folder, or a new name")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: {there} may not be written; expected a folder of yours")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run of ours."""
+    return (folder / CONFIG).exists() and (folder / CHECKPOINTS).exists()
 
 
 def load_weights(source: str | Path, streams: int | None = None) -> Weights:
@@ -80,7 +112,9 @@ def load_weights(source: str | Path, streams: int | None = None) -> Weights:
     if is_huggingface(source):
         model = huggingface.read_config(source)
         if streams not in (None, model.streams):
-            raise InputError(f"{source} has {model.streams} streams, not {streams}")
+            raise InputError(
+                f"--streams={streams}: {source} has {model.streams}, and keeps no other number"
+            )
         tokenizer = source / "tokenizer.json"
         data = DataConfig(tokenizer=str(tokenizer) if tokenizer.exists() else "bytes")
         return Weights(model, huggingface.load_params(source, model), data)
@@ -95,15 +129,18 @@ def load_weights(source: str | Path, streams: int | None = None) -> Weights:
 
 def is_huggingface(folder: Path) -> bool:
     """Whether a folder is a Hugging Face directory rather than a workdir of ours."""
-    return (folder / CONFIG).exists() and not (folder / CHECKPOINTS).exists()
+    return (folder / CONFIG).exists() and not is_run(folder)
+
+
+def kept_runs(workdir: Path) -> dict[int, Path]:
+    """The folder of each run in a workdir, by its number of streams."""
+    folders = filter(is_run, (workdir, *(workdir / STREAMS).glob("*")))
+    return {config_io.from_json(Config, path / CONFIG).model.streams: path for path in folders}
 
 
 def choose_run(workdir: Path, streams: int | None) -> Path:
     """The folder of the run in `workdir` with so many streams. Raises InputError if none has."""
-    runs = {}
-    for folder in (workdir, *(workdir / STREAMS).glob("*")):
-        if (folder / CONFIG).exists() and (folder / CHECKPOINTS).exists():
-            runs[config_io.from_json(Config, folder / CONFIG).model.streams] = folder
+    runs = kept_runs(workdir)
     if not runs:
         raise InputError(f"{workdir}: no run there (no {CONFIG} with {CHECKPOINTS}/)")
     numbers = ", ".join(map(str, sorted(runs)))
@@ -114,27 +151,44 @@ def choose_run(workdir: Path, streams: int | None) -> Path:
             )
         return next(iter(runs.values()))
     if streams not in runs:
-        raise InputError(f"{workdir} has no run with {streams} streams, only with {numbers}")
+        raise InputError(
+            f"--streams={streams}: {workdir} has no run with {streams} streams, only with {numbers}"
+        )
     return runs[streams]
 
 
-def initial_params(source: str, model: ModelConfig) -> dict[str, Any]:
-    """Weights of `source` (workdir or Hugging Face directory) for the start of a run of `model`.
+def initial_params(source: str, config: Config) -> dict[str, Any]:
+    """Weights of `source` (workdir or Hugging Face directory) for the start of a run of `config`.
 
     Of a workdir that keeps streams besides a run of its own, that run is taken.
 
     Raises:
-      InputError: the weights are of another shape of model.
+      InputError: the weights cannot be read, or are of another shape of model or tokenizer.
     """
     path = Path(source)
-    own = (path / CONFIG).exists() and (path / CHECKPOINTS).exists()
-    streams = config_io.from_json(Config, path / CONFIG).model.streams if own else None
-    weights = load_weights(source, streams)
     try:
-        check_growable(weights.model, model)
+        own = config_io.from_json(Config, path / CONFIG).model.streams if is_run(path) else None
+        weights = load_weights(source, own)
+        check_growable(weights.model, config.model)
+        check_tokenizer(weights.data.tokenizer, config.data.tokenizer)
     except InputError as error:
         raise InputError(f"train.init_from={source}: {error}") from None
     return weights.params
+
+
+def check_tokenizer(theirs: str, ours: str) -> None:
+    """Raises InputError if weights that know the ids of one tokenizer are to read another's.
+
+    Weights without a tokenizer of their own ("bytes") say nothing: their vocabulary may have come
+    from anywhere, and is checked against the tokenizer's wherever text is read.
+    """
+    if theirs in ("bytes", ours):
+        return
+    if tokenizers.load(theirs).fingerprint != tokenizers.load(ours).fingerprint:
+        raise InputError(
+            f"the weights speak tokenizer {theirs}, but data.tokenizer={ours}: "
+            f"give --config.data.tokenizer={theirs}"
+        )
 
 
 def backbone_of(params: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
@@ -156,8 +210,10 @@ def keep_backbone(workdir: str | Path, backbone: dict[str, Any]) -> None:
             checkpoints.save(0, {"frozen": backbone}, {}, wait=True)
             return
     _, kept, _ = restore_params(folder)
-    same = jax.tree.map(lambda a, b: a.shape == b.shape and np.array_equal(a, b), kept, backbone)
-    if not all(jax.tree.leaves(same)):
+    same = jax.tree.structure(kept) == jax.tree.structure(backbone) and all(
+        jax.tree.leaves(jax.tree.map(np.array_equal, kept, backbone))
+    )
+    if not same:
         raise InputError(
             f"{workdir} keeps streams of another backbone than train.init_from names: "
             "give that one, or another --workdir"
