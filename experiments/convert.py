@@ -18,21 +18,29 @@ flags.DEFINE_integer(
     "streams", None, "number of streams the target has; default: those of the source",
     flag_values=FLAGS,
 )  # fmt: skip
-flags.DEFINE_integer("seed", 0, "seed of the weights of new streams", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "seed of new streams", 0, 2**32 - 1, flag_values=FLAGS)
 
 
-def main(options: flags.FlagValues) -> None:
+def main(options: flags.FlagValues) -> int | None:
     for name in ("source", "target"):
         if not options[name].value:
             raise InputError(f"--{name} is missing")
     if options.streams is not None and options.streams < 1:
         raise InputError(f"--streams={options.streams}: expected at least 1")
-    from parscale import conversion
+    from parscale import checkpoints, conversion
 
-    model = conversion.convert(
-        options.source, options.target, to=options.to, streams=options.streams, seed=options.seed
-    )
+    try:
+        model = conversion.convert(
+            options.source,
+            options.target,
+            to=options.to,
+            streams=options.streams,
+            seed=options.seed,
+        )
+    except (checkpoints.SaveError, OSError) as error:
+        return program.fail(error)
     print(f"{options.target}: {options.to} with {model.streams} streams")
+    return None
 
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ def main(options: flags.FlagValues) -> None:
         )
     from parscale import data, evaluation, workdir
 
+    if options.json:
+        try:
+            open(options.json, "a", encoding="utf-8").close()
+        except OSError as error:
+            raise InputError(f"--json={options.json}: {error.strerror}") from None
     weights = workdir.load_weights(options.workdir, options.streams)
     vocab_size = weights.model.vocab_size
     if options.files:

@@ -5,7 +5,9 @@
 Several prompts are generated at once: repeat --prompt, or give a file with one prompt a line.
 """
 
+import os
 import sys
+from collections.abc import Iterable
 
 from absl import flags
 
@@ -25,7 +27,7 @@ flags.DEFINE_integer("tokens", 256, "most tokens to generate for each prompt", f
 flags.DEFINE_float("temperature", 0.8, "divides the logits; 0 is greedy", flag_values=FLAGS)
 flags.DEFINE_integer("top_k", 0, "choose among this many tokens; 0: all", flag_values=FLAGS)
 flags.DEFINE_float("top_p", 1.0, "choose among tokens of this total probability", flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "seed of the choices", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "seed of the choices", 0, 2**32 - 1, flag_values=FLAGS)
 flags.DEFINE_multi_string("stop", [], "end at this text; may be repeated", flag_values=FLAGS)
 
 
@@ -35,7 +37,7 @@ def read_prompts(options: flags.FlagValues) -> list[str]:
     if options.prompt_file:
         try:
             with open(options.prompt_file, encoding="utf-8") as file:
-                prompts += file.read().splitlines()
+                prompts += [line.removesuffix("\n") for line in file]
         except OSError as error:
             raise InputError(f"--prompt_file={options.prompt_file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
@@ -44,10 +46,15 @@ def read_prompts(options: flags.FlagValues) -> list[str]:
             ) from None
     if not prompts:
         raise InputError("no prompt: give --prompt=TEXT or --prompt_file=FILE")
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"--prompt={prompt!a} is not UTF-8") from None
     return prompts
 
 
-def main(options: flags.FlagValues) -> None:
+def main(options: flags.FlagValues) -> int | None:
     prompts = read_prompts(options)
     if not options.workdir:
         raise InputError("--workdir is missing: expected a run or a Hugging Face directory")
@@ -58,14 +65,25 @@ def main(options: flags.FlagValues) -> None:
     tokenizer = tokenizers.load(weights.data.tokenizer)
     model = weights.build()
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    generate.check_prompts(model, encoded, options.tokens)
     texts = generate.stream_text(
         model, tokenizer, encoded, options.tokens, sampling, stops=options.stop
     )
+    try:
+        show(prompts, texts)
+    except BrokenPipeError:  # the reader, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return None
+
+
+def show(prompts: list[str], texts: Iterable[list[str]]) -> None:
+    """Prints prompts with what follows them: a single one as it comes, several at the end."""
     if len(prompts) == 1:
         print(prompts[0], end="", flush=True)
         for (piece,) in texts:
             print(piece, end="", flush=True)
-        print()
+        print(flush=True)
         return
     whole = [""] * len(prompts)
     for done, pieces in enumerate(texts, 1):
@@ -73,7 +91,7 @@ def main(options: flags.FlagValues) -> None:
         if sys.stderr.isatty():
             print(f"\r{done} parts", end="", file=sys.stderr, flush=True)
     for number, (prompt, text) in enumerate(zip(prompts, whole, strict=True)):
-        print(f"--- {number}\n{prompt}{text}")
+        print(f"--- {number}\n{prompt}{text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main(options: flags.FlagValues) -> int | None:
                 profile_steps=profile_steps,
                 should_stop=lambda: interruption.requested is not None,
             )
-        except (run.DivergedError, checkpoints.SaveError) as error:
+        except (run.DivergedError, checkpoints.SaveError, OSError) as error:
             return program.fail(error)
     if result is None:
         run.say("interrupted and saved; the same command goes on from here")
