@@ -36,7 +36,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise InputError(f"temperature={self.temperature}: expected 0 (greedy) or more")
         if self.top_k < 0:
             raise InputError(f"top_k={self.top_k}: expected 0 (all tokens) or more")
@@ -91,6 +91,8 @@ def stream(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(sampling.seed), np.arange(len(prompts))
     )
+    # The seed is in the keys: another one must not compile everything again.
+    sampling = dataclasses.replace(sampling, seed=0)
     slots = max(padded, lengths.max() + tokens)
     slots = -(-slots // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     token, cache = prefill(graph, params, ids, lengths, keys, slots, sampling)
@@ -115,9 +117,10 @@ def check_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]], tokens
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {number} is empty: give at least one character")
-        if max(prompt) >= config.vocab_size or min(prompt) < 0:
+        wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if wrong:
             raise InputError(
-                f"prompt {number} has token id {max(prompt)}, but the model's vocabulary is "
+                f"prompt {number} has token id {wrong[0]}, but the model's vocabulary is "
                 f"{config.vocab_size}: was it tokenised with another tokenizer?"
             )
         if len(prompt) + tokens > config.max_length:
@@ -229,10 +232,12 @@ class TextRow:
 
     def _take(self, new: str) -> str:
         text = self._held + new
-        found = [place for place in map(text.find, self._stops) if place >= 0]
+        found = [(text.find(stop) + len(stop), stop) for stop in self._stops if stop in text]
         if found:
-            self.done = True
-            return text[: min(found)]
+            # The stop string that is whole first counts, however the text came in pieces.
+            end, _ = min(found)
+            self.done, self._held = True, ""
+            return text[: min(end - len(stop) for other, stop in found if other == end)]
         keep = max(
             (
                 size
@@ -260,7 +265,7 @@ def stream_text(
     Args:
       model, prompts, tokens, sampling: as for `stream`.
       tokenizer: turns ids into text.
-      stops: a row ends before the first of these that it would contain.
+      stops: a row ends before the first of these that it would contain whole.
     """
     rows = [TextRow(tokenizer, stops) for _ in prompts]
     for ids in stream(model, prompts, tokens, sampling):

@@ -1,11 +1,9 @@
 """Parameters and operations from shapes, against the paper's counts and XLA's own count."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -59,13 +57,10 @@ def test_neither_embedding_nor_head_counts_tied_or_not():
 def dense_attention(q, k, v, mask, *, prefix=None):
     """All scores of all pairs: what the formula counts, in the plainest form."""
     if prefix is not None:
-        keys, values = (
-            jnp.broadcast_to(
-                jnp.swapaxes(part, 1, 2), (q.shape[0], *jnp.swapaxes(part, 1, 2).shape)
-            )
-            for part in prefix
+        k, v = (
+            jnp.concatenate([jnp.broadcast_to(slots, (len(x), *slots.shape)), x], 2)
+            for slots, x in zip((jnp.swapaxes(part, 1, 2) for part in prefix), (k, v), strict=True)
         )
-        k, v = jnp.concatenate([keys, k], 2), jnp.concatenate([values, v], 2)
     groups = q.shape[-2] // k.shape[-2]
     q = q.reshape(*q.shape[:-2], k.shape[-2], groups, q.shape[-1])
     weights = jax.nn.softmax(jnp.einsum("bptkgh,bpskh->bpkgts", q, k), -1)
@@ -101,9 +96,8 @@ def test_operations_of_a_paper_model_are_about_two_for_each_parameter():
     matrices = counts["total"] - 36 * (2 * 1536 + 1536 + 2 * 2 * 96) - 1536
     attention = 36 * 2 * 2048 * 1536
     assert forward_flops(config, 2048) == 2 * 2048 * (matrices + attention)
-    assert math.isclose(
-        forward_flops(config, 2048) / (2 * 2048 * counts["total"]), 1.0, rel_tol=0.13
-    )
-    assert (
-        np.log2(forward_flops(paper_model(1536, 8320, 8), 2048) / forward_flops(config, 2048)) < 3
-    )
+    share = forward_flops(config, 2048) / (2 * 2048 * counts["total"])
+    assert 1 < share < 1.13
+    # Eight streams cost less than eight models: the LM head is passed once.
+    eight = forward_flops(paper_model(1536, 8320, 8), 2048)
+    assert 7 < eight / forward_flops(config, 2048) < 8

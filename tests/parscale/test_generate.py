@@ -1,0 +1,252 @@
+"""Generation: which tokens are candidates, how often they are drawn, and what a row depends on."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.config import ModelConfig
+from models.transformer import LanguageModel
+from parscale import generate
+from parscale.generate import GREEDY, Sampling, TextRow
+from parscale.tokenizers import ByteTokenizer
+from sharding.settings import InputError
+
+CONFIG = ModelConfig(
+    vocab_size=260, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, streams=2,
+    transform_size=4, max_length=128,
+)  # fmt: skip
+PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15, 16]]
+TOKENS = 12
+WARM = Sampling(temperature=1.0, seed=3)
+
+
+@functools.cache
+def make_model() -> LanguageModel:
+    """A random model whose next tokens are mostly letters of one byte, so that text comes out."""
+    graph, weights = nnx.split(nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        offset = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(offset + 0.3 * rng.normal(size=leaf.shape), jnp.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(weights))
+    letters = np.zeros(CONFIG.vocab_size, bool)
+    letters[97:123] = True
+    # A tied head: tokens with small embeddings have logits near 0.
+    params["embedding"] = params["embedding"] * np.where(letters, 2.0, 0.2)[:, None]
+    return nnx.merge(graph, params)
+
+
+@functools.cache
+def warm_tokens() -> np.ndarray:
+    return generate.generate(make_model(), PROMPTS, TOKENS, WARM)
+
+
+@jax.jit
+def next_logits(ids):
+    graph, params = nnx.split(make_model())
+    return nnx.merge(graph, params)(ids)
+
+
+def test_greedy_tokens_are_those_of_the_forward_pass():
+    found = generate.generate(make_model(), PROMPTS, TOKENS)
+    assert found.shape == (3, TOKENS)
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        whole = np.zeros((1, 6 + TOKENS), np.int32)
+        whole[0, : len(prompt) + TOKENS] = [*prompt, *row]
+        best = np.argmax(next_logits(whole)[0], -1)
+        np.testing.assert_array_equal(row, best[len(prompt) - 1 : len(prompt) + TOKENS - 1])
+
+
+def test_a_row_depends_on_itself_alone():
+    alone = generate.generate(make_model(), PROMPTS[:1], TOKENS, WARM)
+    np.testing.assert_array_equal(alone[0], warm_tokens()[0])
+    other = [PROMPTS[0], [20] * 9, PROMPTS[2]]
+    beside = generate.generate(make_model(), other, TOKENS, WARM)
+    np.testing.assert_array_equal(beside[[0, 2]], warm_tokens()[[0, 2]])
+    # Rows with the same prompt make choices of their own.
+    same = generate.generate(make_model(), [PROMPTS[0]] * 3, TOKENS, WARM)
+    assert len({tuple(row) for row in same}) == 3
+    np.testing.assert_array_equal(same[0], warm_tokens()[0])
+
+
+@pytest.mark.parametrize("chunk", [3, 11])
+def test_the_size_of_chunks_is_of_no_account(chunk):
+    pieces = list(generate.stream(make_model(), PROMPTS, TOKENS, WARM, chunk=chunk))
+    assert max(piece.shape[1] for piece in pieces) <= chunk
+    np.testing.assert_array_equal(np.concatenate(pieces, 1), warm_tokens())
+
+
+def test_the_seed_counts():
+    again = generate.generate(make_model(), PROMPTS, TOKENS, WARM)
+    np.testing.assert_array_equal(again, warm_tokens())
+    other = generate.generate(make_model(), PROMPTS, TOKENS, Sampling(temperature=1.0, seed=4))
+    assert (other != warm_tokens()).mean() > 0.5
+
+
+def numpy_probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Temperature, then the top k, then the fewest that reach p, all by sorting."""
+    logits = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-logits, kind="stable")
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    chances = np.exp(logits[order] - logits[order[0]])
+    chances /= chances.sum()
+    found = np.zeros(len(logits))
+    enough = 1 + np.searchsorted(np.cumsum(chances), sampling.top_p) if sampling.top_p < 1 else None
+    found[order[:enough]] = chances[:enough]
+    return found / found.sum()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.5, seed=1),
+        Sampling(top_k=3),
+        Sampling(top_k=1, temperature=2.0),
+        Sampling(top_k=1000),
+        Sampling(top_p=0.6),
+        Sampling(top_p=1e-6),
+        Sampling(temperature=1.5, top_k=6, top_p=0.8, seed=2),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_their_probabilities_say(sampling):
+    logits = np.array([0.3, 2.0, -1.0, 1.7, 0.0, 1.1, -4.0, 0.9, 1.5, -0.2], np.float32)
+    draws = 20000
+    keys = jax.random.split(jax.random.key(sampling.seed), draws)
+    positions = np.arange(draws, dtype=np.int32) % 50
+    choose = jax.jit(functools.partial(generate.choose, sampling=sampling))
+    tokens = choose(np.broadcast_to(logits, (draws, 10)), keys, positions)
+    expected = numpy_probabilities(logits, sampling)
+    found = np.bincount(tokens, minlength=10) / draws
+    assert (found[expected == 0] == 0).all()
+    # Five standard deviations of a count.
+    assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws)).all()
+
+
+def test_candidates_of_many_rows_against_numpy():
+    logits = (3 * np.random.default_rng(0).normal(size=(64, 30))).astype(np.float32)
+    for top_k, top_p in itertools.product((0, 1, 5, 29, 30, 31), (0.1, 0.5, 0.95, 1.0)):
+        kept = np.isfinite(generate.keep_candidates(jnp.asarray(logits), top_k, top_p))
+        sampling = Sampling(top_k=top_k, top_p=top_p)
+        expected = np.stack([numpy_probabilities(row, sampling) > 0 for row in logits])
+        np.testing.assert_array_equal(kept, expected)
+
+
+def text_of(ids) -> str:
+    return ByteTokenizer().decode([i for i in ids if i < 256])
+
+
+def test_streamed_text_is_the_completed_text():
+    prompts = ["abc", "x", "some"]
+    encoded = [ByteTokenizer().encode(prompt) for prompt in prompts]
+    model = make_model()
+    pieces = list(generate.stream_text(model, ByteTokenizer(), encoded, TOKENS, WARM))
+    assert len(pieces) > 2
+    streamed = ["".join(parts) for parts in zip(*pieces, strict=True)]
+    assert generate.complete(model, ByteTokenizer(), prompts, TOKENS, WARM) == streamed
+    assert streamed == [text_of(row) for row in generate.generate(model, encoded, TOKENS, WARM)]
+    # Stop strings that lie across a border of chunks, and inside one; one row meets none.
+    stops = [streamed[0][7:10], streamed[1][2:4]]
+    stopped = generate.complete(model, ByteTokenizer(), prompts, TOKENS, WARM, stops=stops)
+    assert stopped == [cut(text, stops) for text in streamed]
+    assert len(stopped[0]) <= 7
+    assert len(stopped[1]) <= 2
+
+
+def test_generation_ends_when_every_row_has_stopped():
+    encoded = [ByteTokenizer().encode("abc")]
+    stop = generate.complete(make_model(), ByteTokenizer(), ["abc"], 28, WARM)[0][3:5]
+    pieces = list(
+        generate.stream_text(make_model(), ByteTokenizer(), encoded, 28, WARM, stops=[stop])
+    )
+    assert len(pieces) <= 3
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """`text` before the stop string that is whole first, character by character."""
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if stop and text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+@pytest.mark.parametrize(
+    ("text", "stops"),
+    [
+        ("one two three", ["two"]),
+        ("one two three", ["three", "two", ""]),
+        ("aaab", ["aab"]),
+        ("abcd", ["abc", "b"]),
+        ("abcd", ["bcd", "abcd", "c"]),
+        ("ababac", ["abac"]),
+        ("no stop here", ["stops", "heres"]),
+        ("naïve ünïcode end", ["ïco"]),
+        ("", ["x"]),
+    ],
+)
+def test_stop_strings_do_not_depend_on_how_the_text_comes(text, stops):
+    ids = list(text.encode())
+    cuts = range(1, len(ids))
+    ways = [(), cuts, *([place] for place in cuts), *itertools.combinations(cuts, 2)]
+    for way in ways:
+        row = TextRow(ByteTokenizer(), stops)
+        borders = [0, *way, len(ids)]
+        parts = [row.push(ids[a:b]) for a, b in itertools.pairwise(borders)]
+        assert "".join(parts) + row.flush() == cut(text, stops)
+        assert row.done == (cut(text, stops) != text)
+        assert row.flush() == ""
+
+
+def test_half_a_character_at_the_end_may_complete_a_stop_string():
+    row = TextRow(ByteTokenizer(), ["b\ufffd"])
+    assert row.push([*b"ab", 0xC3]) == "a"
+    assert row.flush() == ""
+    assert row.done
+
+
+def test_text_is_given_out_as_soon_as_it_is_certain():
+    row = TextRow(ByteTokenizer(), ["end"])
+    assert [row.push([byte]) for byte in b"an en de"] == [
+        "a", "n", " ", "", "", "en ", "d", "",
+    ]  # fmt: skip
+    assert row.flush() == "e"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "tokens", "words"),
+    [
+        ([], 1, ("no prompt",)),
+        ([[1], []], 1, ("prompt 1 is empty",)),
+        ([[1]], 0, ("tokens=0",)),
+        ([[1, 260]], 1, ("prompt 0", "id 260", "260", "tokenizer")),
+        ([[-1, 3]], 1, ("prompt 0", "id -1")),
+        ([[1] * 100], 29, ("100 tokens", "29", "max_length=128")),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused(prompts, tokens, words):
+    with pytest.raises(InputError) as error:
+        list(generate.stream(make_model(), prompts, tokens))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_ways_of_sampling_that_cannot_be_are_refused():
+    for settings, word in (
+        ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+    ):
+        with pytest.raises(InputError, match=word):
+            Sampling(**settings)
+    assert Sampling(temperature=0.0) == GREEDY
