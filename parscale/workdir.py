@@ -128,8 +128,14 @@ def load_weights(source: str | Path, streams: int | None = None) -> Weights:
 
 
 def is_huggingface(folder: Path) -> bool:
-    """Whether a folder is a Hugging Face directory rather than a workdir of ours."""
-    return (folder / CONFIG).exists() and not is_run(folder)
+    """Whether a folder is a Hugging Face directory rather than a workdir of ours.
+
+    A run that ended before its first checkpoint has left only a configuration, with a section
+    `train` that Hugging Face's do not have.
+    """
+    if is_run(folder) or not (folder / CONFIG).exists():
+        return False
+    return "train" not in huggingface.read_json(folder)
 
 
 def kept_runs(workdir: Path) -> dict[int, Path]:
