@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import masks
+from pallas_kernels.flash.tiled import BLOCK, tiled
 from pallas_kernels.masks import Mask
 
 
@@ -23,16 +24,13 @@ def attention(
     lead, (T, H, h), (S, K, _) = q.shape[:-3], q.shape[-3:], k.shape[-3:]
     N, P = math.prod(lead[:-1]), math.prod(lead[-1:])
     intervals = _fold_lead(mask.intervals, lead)
-    out, lse = plain(
-        q.reshape(N, P, T, K, H // K, h),
-        k.reshape(N, P, S, K, h),
-        v.reshape(N, P, S, K, h),
-        Mask(intervals, mask.causal),
-        prefix,
-        scale,
-        soft_cap,
-    )
-    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+    q, out_shape = q.reshape(N, P, T, K, H // K, h), q.shape
+    k, v = (x.reshape(N, P, S, K, h) for x in (k, v))
+    if T >= BLOCK:
+        out, lse = tiled(q, k, v, intervals, prefix, mask.causal, scale, soft_cap)
+    else:
+        out, lse = plain(q, k, v, Mask(intervals, mask.causal), prefix, scale, soft_cap)
+    return out.reshape(out_shape), lse.reshape(out_shape[:-1])
 
 
 def _fold_lead(intervals, lead):
