@@ -53,10 +53,8 @@ def decoded_and_full(config) -> tuple[list[np.ndarray], list[np.ndarray]]:
     ("streams", "transform", "layer_loop"),
     [
         (1, "prefix", "scan"),
-        (1, "prefix", "unroll"),
         (2, "prefix", "unroll"),
         (2, "soft_tokens", "scan"),
-        (2, "soft_tokens", "unroll"),
         (2, "low_rank", "scan"),
         (2, "bias", "scan"),
         (8, "prefix", "scan"),

@@ -17,7 +17,7 @@ from parscale.tokenizers import ByteTokenizer
 from sharding.settings import InputError
 
 CONFIG = ModelConfig(
-    vocab_size=260, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, streams=2,
+    vocab_size=260, width=32, layers=1, heads=4, kv_heads=2, mlp_width=48, streams=2,
     transform_size=4, max_length=128,
 )  # fmt: skip
 PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15, 16]]
@@ -107,19 +107,15 @@ def numpy_probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 @pytest.mark.parametrize(
     "sampling",
     [
-        Sampling(),
         Sampling(temperature=0.5, seed=1),
         Sampling(top_k=3),
-        Sampling(top_k=1, temperature=2.0),
-        Sampling(top_k=1000),
         Sampling(top_p=0.6),
-        Sampling(top_p=1e-6),
         Sampling(temperature=1.5, top_k=6, top_p=0.8, seed=2),
     ],
 )
 def test_tokens_are_drawn_as_often_as_their_probabilities_say(sampling):
     logits = np.array([0.3, 2.0, -1.0, 1.7, 0.0, 1.1, -4.0, 0.9, 1.5, -0.2], np.float32)
-    draws = 20000
+    draws = 10000
     keys = jax.random.split(jax.random.key(sampling.seed), draws)
     positions = np.arange(draws, dtype=np.int32) % 50
     choose = jax.jit(functools.partial(generate.choose, sampling=sampling))
@@ -133,7 +129,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(sampling):
 
 def test_candidates_of_many_rows_against_numpy():
     logits = (3 * np.random.default_rng(0).normal(size=(64, 30))).astype(np.float32)
-    for top_k, top_p in itertools.product((0, 1, 5, 29, 30, 31), (0.1, 0.5, 0.95, 1.0)):
+    for top_k, top_p in itertools.product((0, 1, 5, 29, 31), (1e-6, 0.5, 0.95, 1.0)):
         kept = np.isfinite(generate.keep_candidates(jnp.asarray(logits), top_k, top_p))
         sampling = Sampling(top_k=top_k, top_p=top_p)
         expected = np.stack([numpy_probabilities(row, sampling) > 0 for row in logits])

@@ -133,7 +133,7 @@ TENSOR = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
 @functools.cache
-def on_mesh(mesh: MeshConfig, accumulate: int = 1) -> Training:
+def on_mesh(mesh: MeshConfig, accumulate: int) -> Training:
     return make_training(mesh, accumulate=accumulate)
 
 
@@ -172,7 +172,7 @@ def test_parameters_are_spread_over_the_mesh():
 
 
 def test_streams_on_devices_of_their_own_exchange_nothing_by_all_to_all():
-    text = compiled_text(on_mesh(FSDP))
+    text = compiled_text(on_mesh(FSDP, 1))
     assert "all-reduce" in text
     assert "all-to-all" not in text
 
@@ -187,15 +187,22 @@ def test_a_step_moves_nothing_between_host_and_device():
     assert np.isfinite(float(metrics["loss"]))
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch():
+@functools.cache
+def clipped_in_parts() -> Training:
+    return make_training(accumulate=4, clip_norm=0.25, schedule="cosine", warmup_steps=4)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch_and_clipped():
     counted = make_batch()["mask"].sum(1)
     assert len(set(counted)) > 2
     direct = first_gradient(one_device())
-    parts = first_gradient(make_training(accumulate=4))
+    parts = first_gradient(clipped_in_parts())
+    norm = np.sqrt(sum(np.sum(np.square(gradient)) for gradient in direct.values()))
+    assert norm > 0.25
     for name, gradient in direct.items():
         # Float32 sums in another order, of about 100 tokens.
-        error = np.abs(parts[name] - gradient).max()
-        assert error <= min(1e-6, 1e-5 * np.abs(gradient).max()), name
+        error = np.abs(parts[name] * norm / 0.25 - gradient).max()
+        assert error <= 1e-6 * max(np.abs(gradient).max(), 0.1 * norm), name
 
 
 def test_the_loss_is_the_mean_over_the_counted_tokens():
@@ -289,38 +296,19 @@ def test_weight_decay_shrinks_matrices_alone():
     np.testing.assert_allclose(shrink, -TRAIN.learning_rate * TRAIN.weight_decay, rtol=1e-5)
 
 
-def test_clipping_and_metrics():
-    training = make_training(clip_norm=0.25, schedule="cosine", warmup_steps=4)
+def test_a_skipped_step_does_not_advance_the_schedule():
+    training = clipped_in_parts()
     state = training.init(initial_params())
-    state, metrics = training.step(state, make_batch())
-    norm = float(metrics["grad_norm"])
-    assert norm > 0.25
-    clipped = np.sqrt(sum(np.sum(np.square(m)) for m in jax.tree.leaves(adam(state).mu)))
-    np.testing.assert_allclose(clipped, 0.1 * 0.25, rtol=1e-4)
-    rates = [float(metrics["learning_rate"])]
     bad = make_batch() | {"mask": np.full((ROWS, LENGTH), np.nan, np.float32)}
-    for batch in (make_batch(1), bad, make_batch(2)):
+    rates = []
+    for batch in (make_batch(), make_batch(1), bad, make_batch(2)):
         state, metrics = training.step(state, batch)
         rates.append(float(metrics["learning_rate"]))
-    # A skipped step does not advance the schedule.
     np.testing.assert_allclose(rates, [0.0, 0.0025, 0.005, 0.005], atol=1e-9)
 
 
-def test_bfloat16_compute_trains_float32_weights():
-    training = make_training(model={"dtype": "bfloat16"})
-    state = training.init(initial_params())
-    expected, _ = losses_on(one_device())
-    for seed in range(2):
-        state, metrics = training.step(state, make_batch(seed))
-        assert metrics["loss"].dtype == jnp.float32
-        # Activations of two layers, each rounded to 2^-8 of its value at most.
-        np.testing.assert_allclose(float(metrics["loss"]), expected[seed], rtol=5e-3)
-    for tree in (state.trainable, adam(state).mu, adam(state).nu):
-        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
-
-
-def test_streams_alone_learn_on_a_frozen_backbone():
-    training = make_training(trainable="streams")
+def test_streams_alone_learn_on_a_frozen_backbone_in_bfloat16():
+    training = make_training(trainable="streams", model={"dtype": "bfloat16"})
     state = training.init(initial_params())
     frozen = bits(state.frozen)
     names = set(named_leaves(state.trainable))
@@ -329,17 +317,20 @@ def test_streams_alone_learn_on_a_frozen_backbone():
         "aggregation.hidden_bias", "aggregation.out", "aggregation.out_bias",
     }  # fmt: skip
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state.trainable))
-    moments = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer))
-    counters = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim == 0)
+    moments = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
     assert set(named_leaves(adam(state).mu)) == names
-    assert moments - counters == 2 * weights
+    assert moments == 2 * weights
     losses = []
     for _ in range(8):
         state, metrics = training.step(state, make_batch())
+        assert metrics["loss"].dtype == jnp.float32
         losses.append(float(metrics["loss"]))
-    np.testing.assert_allclose(losses[0], losses_on(one_device())[0][0], rtol=1e-6)
+    # Activations of two layers, each rounded to 2^-8 of its value at most.
+    np.testing.assert_allclose(losses[0], losses_on(one_device())[0][0], rtol=5e-3)
     assert losses[-1] < losses[0] - 0.02
     assert bits(state.frozen) == frozen
+    for tree in (state.params(), adam(state).mu, adam(state).nu):
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
     model = training.model(state)
     assert model.config == training.config.model
     np.testing.assert_array_equal(model.embedding[...], initial_params()["embedding"])
