@@ -50,8 +50,10 @@ def main(options: flags.FlagValues) -> int | None:
                 profile_steps=profile_steps,
                 should_stop=lambda: interruption.requested is not None,
             )
-        except (run.DivergedError, checkpoints.SaveError, OSError) as error:
+        except (run.DivergedError, checkpoints.SaveError) as error:
             return program.fail(error)
+        except OSError as error:
+            return program.fail(OSError(f"{workdir}: {error}; complete checkpoints are kept"))
     if result is None:
         run.say("interrupted and saved; the same command goes on from here")
         return interruption.exit_code

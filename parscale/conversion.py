@@ -10,9 +10,11 @@ from models.growth import check_growable, grow_streams
 from parscale import config_io, workdir
 from parscale.checkpoints import Checkpoints
 from parscale.config import Config
+from parscale.quiet import quiet_late_writes
 from sharding.settings import InputError
 
 
+@quiet_late_writes()
 def convert(
     source: str | Path, target: str | Path, *, to: str, streams: int | None = None, seed: int = 0
 ) -> ModelConfig:

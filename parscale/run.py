@@ -22,6 +22,7 @@ from parscale.checkpoints import Checkpoints
 from parscale.config import Config
 from parscale.metrics import MetricsWriter
 from parscale.progress import Progress, format_seconds
+from parscale.quiet import quiet_late_writes
 from parscale.restart import Record
 from parscale.training import Training, TrainState
 from sharding.settings import InputError
@@ -33,6 +34,7 @@ class DivergedError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
+@quiet_late_writes()
 def train(
     config: Config,
     folder: str | Path,
