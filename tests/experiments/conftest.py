@@ -1,0 +1,49 @@
+"""Runs that several tests look at; each is trained once."""
+
+import jax
+import pytest
+import runs
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments import train
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Where compiled functions are kept, for this process and those it starts.
+
+    Nearly all the time of a tiny run is spent compiling it.
+    """
+    folder = tmp_path_factory.mktemp("cache")
+    settings = runs.COMPILER | {"jax_compilation_cache_dir": str(folder)}
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def texts(cache, tmp_path_factory):
+    """A folder of text."""
+    return runs.write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def two(texts, tmp_path_factory):
+    """The workdir of a finished run with two streams."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    assert runs.call(train, *runs.arguments(texts), f"--workdir={folder}") == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one(texts, tmp_path_factory):
+    """The workdir of a finished run of the plain model."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    words = runs.arguments(texts, model__streams=1)
+    assert runs.call(train, *words, f"--workdir={folder}") == 0
+    return folder
