@@ -47,7 +47,7 @@ def attention(
     if name not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation={name!r}: attention has these implementations: {known}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, lse = IMPLEMENTATIONS[name](q, k, v, mask, prefix, scale, soft_cap)
     return (out, lse) if return_lse else out
 
