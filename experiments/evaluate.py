@@ -47,6 +47,8 @@ def main(options: flags.FlagValues) -> None:
         text = data.open_files(options.files, weights.data, vocab_size)
     else:
         text = data.open_data(weights.data, vocab_size)
+    if text.held_out_tokens <= text.held_out_documents:
+        raise InputError(f"{options.files or weights.data.corpus}: no document has two tokens")
     batches = data.held_out_batches(text, options.batch, options.rows)
     result = evaluation.report(weights.build(), batches, weights.loss_chunk)
     print(evaluation.describe(result, text.bits_per_byte(result.loss)))
