@@ -47,3 +47,14 @@ def one(texts, tmp_path_factory):
     words = runs.arguments(texts, model__streams=1)
     assert runs.call(train, *words, f"--workdir={folder}") == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def family(texts, one, tmp_path_factory):
+    """A workdir with streams for P = 2 and P = 4 on the plain model's weights."""
+    folder = tmp_path_factory.mktemp("family") / "run"
+    for streams in (2, 4):
+        second = {"train__init_from": one, "train__trainable": "streams"}
+        words = runs.arguments(texts, model__streams=streams, **second)
+        assert runs.call(train, *words, f"--workdir={folder}") == 0
+    return folder

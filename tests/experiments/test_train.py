@@ -173,18 +173,6 @@ def test_given_weights_are_not_forgotten_by_an_early_death(texts, one, tmp_path,
     assert abs(first - ends[7][1]) < 0.4 < abs(first - ends[0][1])
 
 
-@pytest.fixture(scope="module")
-def family(texts, one, tmp_path_factory):
-    """A workdir with streams for P = 2 and P = 4 on the plain model's weights."""
-    folder = tmp_path_factory.mktemp("family") / "run"
-    for streams in (2, 4):
-        code = trained(
-            texts, folder, model__streams=streams, train__init_from=one, train__trainable="streams"
-        )
-        assert code == 0
-    return folder
-
-
 def test_second_stage_learns_streams_alone(texts, one, family):
     backbone = params(one)
     assert equal(restore_params(family / "backbone")[1], backbone)
