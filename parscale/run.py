@@ -81,13 +81,13 @@ def train(
         if record.data is not None:
             batches.set_state(record.data)
         config_io.to_json(config, run / workdir.CONFIG)
-        describe(config, training, text, step)
         result = read_result(run)
         if step == config.train.steps and result is not None:
             say(f"all {step} steps were done before; results in {run / workdir.RESULT}")
             return result
-        (run / workdir.RESULT).unlink(missing_ok=True)
         with MetricsWriter(run, step) as metrics:
+            (run / workdir.RESULT).unlink(missing_ok=True)
+            describe(config, training, text, step)
             loop = Loop(training, text, checkpoints, metrics, batches, record, should_stop)
             with profiled(run, profile_steps) as at_step:
                 state = loop.run(state, at_step)

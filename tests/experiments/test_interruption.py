@@ -16,15 +16,15 @@ STEPS = 48
 PATIENCE = 120  # seconds; a machine may be busy
 
 
-def begin(texts, folder, cache, steps):
+def begin(texts, folder, cache, steps, every=4):
     """The training program in a process of its own, saving often."""
-    words = runs.arguments(texts, train__steps=steps, train__checkpoint_every=4)
+    words = runs.arguments(texts, train__steps=steps, train__checkpoint_every=every)
     return runs.start("train", *words, f"--workdir={folder}", cache=cache)
 
 
-def go_on(texts, folder, steps):
+def go_on(texts, folder, steps, every=4):
     """The same in this process; returns its exit code."""
-    words = runs.arguments(texts, train__steps=steps, train__checkpoint_every=4)
+    words = runs.arguments(texts, train__steps=steps, train__checkpoint_every=every)
     return runs.call(train, *words, f"--workdir={folder}")
 
 
@@ -150,26 +150,24 @@ def test_no_space_left_while_saving(texts, cache, whole, tmp_path):
 @pytest.mark.parametrize("seed", [0])
 def test_twenty_kills_at_random(seed, texts, cache, tmp_path):
     """At least 20 kills, of which at least 5 fall into the writing of a checkpoint."""
-    steps, wanted, wanted_in_saves = 400, 20, 5
+    steps, every, wanted, wanted_in_saves = 800, 25, 20, 5
     choose = random.Random(seed)
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    assert go_on(texts, whole, steps) == 0
+    assert go_on(texts, whole, steps, every) == 0
 
     kills = in_saves = 0
     for turn in itertools.count():
-        process = begin(texts, folder, cache, steps)
+        process = begin(texts, folder, cache, steps, every)
         if kills >= wanted and in_saves >= wanted_in_saves:
             break
         assert turn < 3 * wanted
         if turn % 5 == 4:  # any time, start-up included
             time.sleep(choose.uniform(0, 6))
         else:
-            wait_for_rows(folder, choose.randrange(1, 12), process)
-            if turn % 2:
-                wait_until(lambda: saving(folder), process)
-                time.sleep(choose.uniform(0, 0.03))
-            else:
-                time.sleep(choose.uniform(0, 0.1))
+            wait_for_rows(folder, choose.randrange(1, 2 * every), process)
+            in_save = turn % 2 == 1
+            wait_until(lambda wanted=in_save: saving(folder) == wanted, process)
+            time.sleep(choose.uniform(0, 0.03))
         freeze(process)
         assert process.poll() is None, "the run ended too early"
         in_saves += saving(folder)
