@@ -7,7 +7,7 @@ from pathlib import Path
 from models import huggingface
 from models.config import ModelConfig
 from models.growth import check_growable, grow_streams
-from parscale import config_io, workdir
+from parscale import config_io, tokenizers, workdir
 from parscale.checkpoints import Checkpoints
 from parscale.config import Config
 from parscale.quiet import quiet_late_writes
@@ -48,7 +48,10 @@ def convert(
     origin = source if workdir.is_huggingface(source) else source / workdir.ORIGIN
     origin = origin if (origin / huggingface.CONFIG).exists() else None
     if to == "huggingface":
+        tokenizer = tokenizers.load(weights.data.tokenizer)
         huggingface.save_params(params, model, target, like=origin)
+        if isinstance(tokenizer, tokenizers.BPETokenizer):
+            tokenizer.save(target / "tokenizer.json")
         return model
     target.mkdir(parents=True, exist_ok=True)
     data = weights.data

@@ -66,6 +66,8 @@ def train(
     saved = restart.saved_config(run)
     if saved is not None:
         config_io.check_resumable(saved, config, grow=grow_streams)
+    if not 0 <= config.train.seed < 2**31:
+        raise InputError(f"train.seed={config.train.seed}: expected 0 to {2**31 - 1}")
     training = Training(config)
     text = data.open_data(config.data, config.model.vocab_size)
     batches = data.train_batches(text, config.data, jax.process_index(), jax.process_count())
@@ -319,7 +321,7 @@ def finish(
         "tokens": loop.record.tokens,
         "seconds": round(loop.record.seconds, 3),
         "held_out_loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "perplexity": math.exp(loss) if loss < 709 else math.inf,
         "bits_per_byte": bits,
         "ngram_bits_per_byte": baselines,
         "skipped_steps": int(state.skipped),

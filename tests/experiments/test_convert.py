@@ -50,6 +50,22 @@ def test_a_hugging_face_directory_survives_the_way_there_and_back(tmp_path, capf
     assert all(before[name].dtype == after[name].dtype for name in before)
 
 
+def test_the_tokenizer_of_a_run_is_exported(two, texts, tmp_path):
+    pytest.importorskip("tokenizers")
+    from parscale.tokenizers import load, train_bpe
+
+    bpe = train_bpe([path.read_text() for path in texts.iterdir()], 256)
+    bpe.save(tmp_path / "bpe.json")
+    source = runs.copy(two, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["data"]["tokenizer"] = str(tmp_path / "bpe.json")
+    (source / "config.json").write_text(json.dumps(config))
+    theirs = converted(source, tmp_path / "theirs", "--to=huggingface")
+    assert load(str(theirs)).fingerprint == bpe.fingerprint
+    (tmp_path / "bpe.json").unlink()
+    assert workdir.load_weights(theirs).data.tokenizer == str(theirs / "tokenizer.json")
+
+
 def test_a_plain_model_grows_and_is_sampled(one, tmp_path, capfd):
     target = converted(one, tmp_path / "four", "--streams=4")
     capfd.readouterr()
