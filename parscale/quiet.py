@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 
 
@@ -22,6 +23,8 @@ def quiet_late_writes() -> Iterator[None]:
 
     sys.unraisablehook = hook
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
     finally:
         sys.unraisablehook = before

@@ -134,7 +134,7 @@ def test_no_space_left_while_saving(texts, cache, whole, tmp_path):
     assert process.returncode == 1, error
     assert "Traceback" not in error
     told = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert told == error.splitlines()[-1:]
+    assert len(told) == 1
     assert "the checkpoint of step 8 could not be written" in told[0]
     assert f"the one of step {saved} is intact. Is there space left on the device?" in told[0]
     assert runs.steps_saved(folder) == [saved]
