@@ -157,7 +157,7 @@ def _tiling(q, k, prefix) -> Tiling:
     most = max(1, TILE_SCORES // (G * BLOCK**2))
     # Rows that share a step would each need their own copy of the prefix.
     rows = 1 if prefix is not None else _divisor(N, CHAINS * most // (P * K))
-    pairs = _divisor(rows * P * K, most)
+    pairs = _divisor(P * K, most)
     chains = _divisor(rows * P * K // pairs, CHAINS)
     k_blocks = -(-S // BLOCK)
     return Tiling(
@@ -178,16 +178,21 @@ def _divisor(n: int, most: int) -> int:
 
 def _forward(options, q, k, v, intervals, prefix):
     tiling = _tiling(q, k, prefix)
-    prefix_pairs = _prefix_pairs(tiling, prefix)
-    chain = functools.partial(_forward_chain, options, tiling)
+    prefix_chains = _prefix_chains(tiling, prefix)
+    edge_bias = _edge_bias(options, tiling, intervals, q.shape[4])
+
+    def chunk(x):
+        return _forward_chunk(options, tiling, edge_bias, *x)
 
     def step(rows):
         q, k, v, intervals = rows
         blocks = (_to_blocks(tiling, x) for x in (q, k, v))
         runs = _mask_blocks(tiling, intervals, k.shape)
-        out, lse = _run_chains(chain, tiling, (*blocks, runs, prefix_pairs))
-        return _from_blocks(out, q.shape, q.dtype), _from_blocks(
-            lse[..., None], (*q.shape[:-1], 1), lse.dtype
+        out, lse = lax.map(chunk, (*blocks, runs, prefix_chains))
+        lse = tuple(x[..., None] for x in lse)
+        return (
+            _from_blocks(out, q.shape, q.dtype),
+            _from_blocks(lse, (*q.shape[:-1], 1), jnp.float32),
         )
 
     out, lse = lax.map(step, tuple(_by_rows(tiling, x, q) for x in (q, k, v, intervals)))
@@ -195,47 +200,60 @@ def _forward(options, q, k, v, intervals, prefix):
     return (out, lse), (q, k, v, intervals, prefix, out, lse)
 
 
-def _forward_chain(options, tiling, q, k, v, runs, prefix):
-    """Output `[blocks, pairs, G * BLOCK, h]` and log-sum-exp of some pairs, all in blocks."""
-    _, pairs, rows, h = q.shape
+def _forward_chunk(options, tiling, edge_bias, q, k, v, runs, prefix):
+    """Output and log-sum-exp of some chains; all arguments and results are tuples over chains."""
+    pairs, rows, h = q[0].shape[1:]
+    heads = rows // BLOCK
+
+    def see(state, q, k, v, bias=None):
+        top, total, out = state
+        s = _cap(options, _dot(q, k, 2, 2))
+        if bias is not None:
+            s = s + bias
+        new_top = jnp.maximum(top, jnp.max(s, -1, initial=-jnp.inf))
+        base = jnp.where(new_top > -jnp.inf, new_top, 0.0)
+        p = jnp.exp(s - base[..., None])
+        kept = jnp.exp(top - base)
+        return (
+            new_top,
+            total * kept + jnp.sum(p, -1),
+            out * kept[..., None] + _dot(p, v, 2, 1),
+        )
 
     def block(_, x):
         i, q = x
-        q = q * options.scale
+        q = [part * options.scale for part in q]
 
-        def see(state, k, v, bias):
-            top, total, out = state
-            s = _cap(options, _dot(q, k, 2, 2))
-            if bias is not None:
-                s = s + bias
-            top = jnp.maximum(top, jnp.max(s, -1, initial=-jnp.inf))
-            base = jnp.where(top > -jnp.inf, top, 0.0)
-            p = jnp.exp(s - base[..., None])
-            kept = jnp.exp(state[0] - base)
-            total = total * kept + jnp.sum(p, -1)
-            return top, total, out * kept[..., None] + _dot(p, v, 2, 1)
-
-        def tile(state, j, edge):
-            bias = _bias(options, tiling, runs, i, j, edge, rows // BLOCK)
-            return see(state, _at(k, j), _at(v, j), bias)
+        def tile(states, j, edge):
+            biases = _biases(tiling, runs, i, j, edge_bias if edge else (), heads)
+            return tuple(map(see, states, q, _at(k, j), _at(v, j), biases))
 
         nothing = jnp.zeros((pairs, rows), jnp.float32)
         state = (nothing - jnp.inf, nothing, jnp.zeros((pairs, rows, h), jnp.float32))
+        states = (state,) * tiling.chains
         if prefix is not None:
-            state = see(state, *prefix, None)
-        top, total, out = _over_keys(options, tiling, i, tile, state)
+            states = tuple(map(see, states, q, *prefix))
+        return None, tuple(
+            map(finish, *zip(*_over_keys(options, tiling, i, tile, states), strict=True))
+        )
+
+    def finish(top, total, out):
         sees = total > 0.0
         total = jnp.where(sees, total, 1.0)
-        return None, (out / total[..., None], jnp.where(sees, top + jnp.log(total), -jnp.inf))
+        return out / total[..., None], jnp.where(sees, top + jnp.log(total), -jnp.inf)
 
-    return lax.scan(block, None, (jnp.arange(tiling.q_blocks), q))[1]
+    ends = lax.scan(block, None, (jnp.arange(tiling.q_blocks), q))[1]
+    return tuple(zip(*ends, strict=True))
 
 
 def _backward(options, saved, cotangents):
     q, k, v, intervals, prefix, out, lse = saved
     tiling = _tiling(q, k, prefix)
-    prefix_pairs = _prefix_pairs(tiling, prefix)
-    chain = functools.partial(_backward_chain, options, tiling)
+    prefix_chains = _prefix_chains(tiling, prefix)
+    edge_bias = _edge_bias(options, tiling, intervals, q.shape[4], transposed=True)
+
+    def chunk(x):
+        return _backward_chunk(options, tiling, edge_bias, *x)
 
     def step(dprefix, rows):
         q, k, v, intervals, out, lse, dout, dlse = rows
@@ -245,7 +263,7 @@ def _backward(options, saved, cotangents):
         lse = jnp.where(lse > -jnp.inf, lse, jnp.inf)
         blocks = [_to_blocks(tiling, x) for x in (q, k, v, dout, lse[..., None], delta[..., None])]
         runs = _mask_blocks(tiling, intervals, k.shape)
-        dq, dk, dv, dp = _run_chains(chain, tiling, (*blocks, runs, prefix_pairs))
+        dq, dk, dv, dp = lax.map(chunk, (*blocks, runs, prefix_chains))
         grads = (
             _from_blocks(dq, q.shape, q.dtype),
             _from_blocks(dk, k.shape, k.dtype),
@@ -254,61 +272,64 @@ def _backward(options, saved, cotangents):
         return jax.tree.map(jnp.add, dprefix, dp), grads
 
     arrays = (q, k, v, intervals, out, lse, *cotangents)
-    dprefix = jax.tree.map(jnp.zeros_like, prefix_pairs)
+    dprefix = jax.tree.map(jnp.zeros_like, prefix_chains)
     dprefix, grads = lax.scan(step, dprefix, tuple(_by_rows(tiling, x, q) for x in arrays))
     dq, dk, dv = (d.reshape(x.shape) for d, x in zip(grads, (q, k, v), strict=True))
     if prefix is not None:
         dprefix = tuple(
-            d.reshape(x.shape).astype(x.dtype) for d, x in zip(dprefix, prefix, strict=True)
+            jnp.stack(d, 1).reshape(x.shape).astype(x.dtype)
+            for d, x in zip(dprefix, prefix, strict=True)
         )
     return dq, dk, dv, None, dprefix
 
 
-def _backward_chain(options, tiling, q, k, v, dout, lse, delta, runs, prefix):
-    """Gradients of q, k, v and prefix of some pairs, all in blocks.
+def _backward_chunk(options, tiling, edge_bias, q, k, v, dout, lse, delta, runs, prefix):
+    """Gradients of q, k, v and prefix; all arguments and results are tuples over chains.
 
     Scores are transposed, `[keys, queries]`: then no product here transposes an operand as large
     as a tile, which costs as much as the product.
     """
-    k_columns = k.swapaxes(2, 3)
+    heads = q[0].shape[2] // BLOCK
+    columns = lambda x: tuple(part.swapaxes(-1, -2) for part in x)
+    k_columns = columns(k)
+
+    def see(q, dout, lse, delta, k, v, k_columns, bias=None):
+        s = _dot(k, q, 2, 2)
+        if options.soft_cap is not None:
+            u = jnp.tanh(s / options.soft_cap)
+            s = options.soft_cap * u
+        if bias is not None:
+            s = s + bias
+        p = jnp.exp(s - lse)
+        ds = p * (_dot(v, dout, 2, 2) - delta)
+        if options.soft_cap is not None:
+            ds = ds * (1.0 - u * u)
+        return _dot(k_columns, ds, 2, 1), _dot(ds, q, 2, 1), _dot(p, dout, 2, 1)
 
     def block(grads, x):
         i, q, dout, lse, delta = x
-        q, lse, delta = q * options.scale, lse.swapaxes(1, 2), delta.swapaxes(1, 2)
+        query = (tuple(part * options.scale for part in q), dout, columns(lse), columns(delta))
         dk, dv, dprefix = grads
 
-        def see(k, v, k_columns, bias):
-            s = _dot(k, q, 2, 2)
-            if options.soft_cap is not None:
-                u = jnp.tanh(s / options.soft_cap)
-                s = options.soft_cap * u
-            if bias is not None:
-                s = s + bias
-            p = jnp.exp(s - lse)
-            ds = p * (_dot(v, dout, 2, 2) - delta)
-            if options.soft_cap is not None:
-                ds = ds * (1.0 - u * u)
-            return _dot(k_columns, ds, 2, 1), _dot(ds, q, 2, 1), _dot(p, dout, 2, 1)
-
         def tile(grads, j, edge):
-            bias = _bias(options, tiling, runs, i, j, edge, q.shape[1] // BLOCK, transposed=True)
+            biases = _biases(tiling, runs, i, j, edge_bias if edge else (), heads, transposed=True)
+            parts = map(see, *query, _at(k, j), _at(v, j), _at(k_columns, j), biases)
             dq, dk, dv = grads
-            parts = see(_at(k, j), _at(v, j), _at(k_columns, j), bias)
-            return dq + parts[0], _add_at(dk, j, parts[1]), _add_at(dv, j, parts[2])
+            a, b, c = zip(*parts, strict=True)
+            return _add(dq, a), _add_at(dk, j, b), _add_at(dv, j, c)
 
         if prefix is None:
-            dq = jnp.zeros(q.swapaxes(1, 2).shape, jnp.float32)
+            dq = tuple(jnp.zeros_like(part) for part in columns(q))
         else:
-            dq, *parts = see(*prefix, prefix[0].swapaxes(1, 2), None)
-            dprefix = tuple(d + part for d, part in zip(dprefix, parts, strict=True))
+            dq, *parts = zip(*map(see, *query, *prefix, columns(prefix[0])), strict=True)
+            dprefix = _add(dprefix, tuple(parts))
         dq, dk, dv = _over_keys(options, tiling, i, tile, (dq, dk, dv))
-        return (dk, dv, dprefix), dq * options.scale
+        return (dk, dv, dprefix), tuple(part * options.scale for part in dq)
 
     init = jax.tree.map(jnp.zeros_like, (k, v, prefix))
-    (dk, dv, dprefix), dq = lax.scan(
-        block, init, (jnp.arange(tiling.q_blocks), q, dout, lse, delta)
-    )
-    return dq.swapaxes(2, 3), dk, dv, dprefix
+    blocks = (jnp.arange(tiling.q_blocks), q, dout, lse, delta)
+    (dk, dv, dprefix), dq = lax.scan(block, init, blocks)
+    return columns(dq), dk, dv, dprefix
 
 
 def _over_keys(options, tiling, i, tile, state):
@@ -321,37 +342,55 @@ def _over_keys(options, tiling, i, tile, state):
     return tile(state, last, True)
 
 
-def _bias(options, tiling, runs, i, j, edge, heads, *, transposed=False):
-    """What to add to the scores of tile (i, j): 0 where visible, -inf elsewhere.
+def _biases(tiling, runs, i, j, edge_bias, heads, *, transposed=False):
+    """For each chain what to add to its scores in tile (i, j): 0 where visible, -inf elsewhere.
 
     Args:
-      runs: int32 `[k_blocks, pairs or 1, R, 2, BLOCK]` or None.
-      edge: whether this is the last tile of the row.
+      runs: tuple, over chains or of one entry for all, of int32
+        `[k_blocks, pairs or 1, R, 2, BLOCK]`; or None.
+      edge_bias: from `_edge_bias` for the last tile of the row, else ().
       heads: G, for which the mask is repeated.
       transposed: for scores `[keys, queries]`.
 
     Returns:
-      float32 `[pairs or 1, heads * BLOCK, BLOCK]`, or None if all is visible.
+      tuple over chains of float32 `[pairs or 1, heads * BLOCK, BLOCK]`, or of None: all is visible.
     """
     place = jnp.arange(BLOCK, dtype=jnp.int32)
-    visible = None
-    if runs is not None:
-        visible = masks.in_runs(_at(runs, j), i * BLOCK + place[:, None])
-    elif edge and not options.causal and tiling.last_keys < BLOCK:
+    t = i * BLOCK + place[:, None]
+
+    def of_runs(runs):
+        runs = _at(runs, j)
+        full = jnp.all(runs[:, :1, 0] <= t[0]) & jnp.all(runs[:, :1, 1] > t[-1])
+        # The branch is also what keeps XLA from fusing the mask into the softmax, where it would
+        # be computed for every pair, and slower than the softmax itself.
+        below = edge_bias[0] if edge_bias else 0.0
+        bias = lambda: _bias(masks.in_runs(runs, t), heads, transposed)
+        return lax.cond(full, lambda: jnp.zeros_like(bias()) + below, lambda: bias() + below)
+
+    biases = edge_bias if runs is None else tuple(map(of_runs, runs))
+    return (biases or (None,)) * (tiling.chains // len(biases or (None,)))
+
+
+def _edge_bias(options, tiling, runs, heads, *, transposed=False):
+    """The part of `_biases` that only the last tile of a row has, known when tracing.
+
+    Made outside of all loops, since XLA would fuse it into what uses it inside.
+    """
+    place = jnp.arange(BLOCK, dtype=jnp.int32)
+    if options.causal:
+        return (_bias((place <= place[:, None])[None], heads, transposed),)
+    if runs is None and tiling.last_keys < BLOCK:
         visible = jnp.broadcast_to(place < tiling.last_keys, (1, BLOCK, BLOCK))
-    if edge and options.causal:
-        below = (place <= place[:, None])[None]
-        visible = below if visible is None else visible & below
-    if visible is None:
-        return None
+        return (_bias(visible, heads, transposed),)
+    return ()
+
+
+def _bias(visible, heads, transposed):
+    """Bool `[pairs or 1, BLOCK queries, BLOCK keys]` as what is added to the scores."""
     bias = jnp.where(visible, 0.0, -jnp.inf)
-    bias = (
-        jnp.tile(bias.swapaxes(1, 2), (1, 1, heads))
-        if transposed
-        else jnp.tile(bias, (1, heads, 1))
-    )
-    # Kept apart, or it is computed again for every pair, slower than the softmax itself.
-    return lax.optimization_barrier(bias)
+    if transposed:
+        return jnp.tile(bias.swapaxes(1, 2), (1, 1, heads))
+    return jnp.tile(bias, (1, heads, 1))
 
 
 def _by_rows(tiling, x, q):
@@ -365,7 +404,7 @@ def _by_rows(tiling, x, q):
 
 
 def _to_blocks(tiling, x):
-    """`[rows, P, T, K, (G,) h]` as float32 `[chunks, chains, blocks, pairs, G * BLOCK, h]`.
+    """`[rows, P, T, K, (G,) h]`, for each chain as float32 `[chunks, blocks, pairs, G * BLOCK, h]`.
 
     Float32 whatever the type of x, since CPUs are slower at products of narrower types.
     """
@@ -378,59 +417,63 @@ def _to_blocks(tiling, x):
     x = x.reshape(*x.shape[:2], blocks, BLOCK, *x.shape[3:])
     x = x.transpose(0, 1, 4, 2, 5, 3, 6)
     x = x.reshape(tiling.chunks, tiling.chains, tiling.pairs, blocks, G * BLOCK, h)
-    return x.swapaxes(2, 3)
+    return tuple(x[:, c].swapaxes(1, 2) for c in range(tiling.chains))
 
 
-def _from_blocks(x, shape, dtype):
+def _from_blocks(chains, shape, dtype):
     """The inverse of `_to_blocks`."""
     rows, P, T, K, *_, h = shape
-    blocks = x.shape[2]
-    x = x.swapaxes(2, 3).reshape(rows, P, K, blocks, -1, BLOCK, h)
+    x = jnp.stack([x.swapaxes(1, 2) for x in chains], 1)
+    blocks = x.shape[3]
+    x = x.reshape(rows, P, K, blocks, -1, BLOCK, h)
     x = x.transpose(0, 1, 3, 5, 2, 4, 6).reshape(rows, P, blocks * BLOCK, *shape[3:])
     return x[:, :, :T].astype(dtype)
 
 
 def _mask_blocks(tiling, intervals, k_shape):
-    """`[rows or 1, P or 1, R, 2, S]` as `[chunks, chains, k_blocks, pairs or 1, R, 2, BLOCK]`."""
+    """`[rows or 1, P or 1, R, 2, S]` as what `_biases` takes, with a leading axis of chunks."""
     if intervals is None:
         return None
     rows, P, S, K, _ = k_shape
     *axes, R, two, _ = intervals.shape
     padding = tiling.k_blocks * BLOCK - S
     x = jnp.pad(intervals, [(0, 0)] * 4 + [(0, padding)])
+    x = x.reshape(*axes, 1, R, two, tiling.k_blocks, BLOCK)
+    x = jnp.moveaxis(x, -2, 2)
     if axes == [1, 1]:
-        x = jnp.broadcast_to(x[:, :, None], (tiling.chunks, tiling.chains, 1, R, two, S + padding))
-    else:
-        x = jnp.broadcast_to(x[:, :, None], (rows, P, K, R, two, S + padding))
-        x = x.reshape(tiling.chunks, tiling.chains, tiling.pairs, R, two, S + padding)
-    x = x.reshape(*x.shape[:-1], tiling.k_blocks, BLOCK)
-    return jnp.moveaxis(x, -2, 2)
+        return (jnp.broadcast_to(x[0], (tiling.chunks, *x.shape[2:])),)
+    x = jnp.broadcast_to(x, (rows, P, *x.shape[2:]))
+    x = jnp.repeat(x, K, 3)
+    # A chain's pairs are of one row, and share its mask unless streams have their own.
+    x = jnp.moveaxis(x, 2, 1).reshape(rows, tiling.k_blocks, P * K, R, two, BLOCK)
+    x = jnp.moveaxis(x, 1, 2).reshape(
+        tiling.chunks, tiling.chains, tiling.pairs, *x.shape[1:2], R, two, BLOCK
+    )
+    x = jnp.moveaxis(x, 3, 2)
+    x = x[:, :, :, :1] if axes[1] == 1 else x
+    return tuple(x[:, c] for c in range(tiling.chains))
 
 
-def _prefix_pairs(tiling, prefix):
-    """`[P, K, M, h]` as float32 `[chunks, chains, pairs, M, h]`."""
+def _prefix_chains(tiling, prefix):
+    """`[P, K, M, h]`, for each chain as float32 `[chunks, pairs, M, h]`."""
     if prefix is None:
         return None
     axes = (tiling.chunks, tiling.chains, tiling.pairs)
-    return tuple(x.reshape(*axes, *x.shape[2:]).astype(jnp.float32) for x in prefix)
-
-
-def _run_chains(chain, tiling, args):
-    """`chain` of each entry of the two leading axes of `args`, those of the second side by side."""
-
-    def chunk(args):
-        outs = [chain(*jax.tree.map(lambda x, c=c: x[c], args)) for c in range(tiling.chains)]
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
-
-    return lax.map(chunk, args)
+    prefix = [x.reshape(*axes, *x.shape[2:]).astype(jnp.float32) for x in prefix]
+    return tuple(tuple(x[:, c] for c in range(tiling.chains)) for x in prefix)
 
 
 def _at(x, j):
-    return lax.dynamic_index_in_dim(x, j, 0, keepdims=False)
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, j, 0, keepdims=False), x)
+
+
+def _add(x, y):
+    return jax.tree.map(jnp.add, x, y)
 
 
 def _add_at(x, j, y):
-    return lax.dynamic_update_index_in_dim(x, _at(x, j) + y, j, 0)
+    at_j = _add(_at(x, j), y)
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, j, 0), x, at_j)
 
 
 def _dot(a, b, axis_a, axis_b):
