@@ -34,9 +34,10 @@ def texts(cache, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two(texts, tmp_path_factory):
-    """The workdir of a finished run with two streams."""
+    """The workdir of a finished run with two streams, and its checkpoints of steps 3, 6, 8."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    assert runs.call(train, *runs.arguments(texts), f"--workdir={folder}") == 0
+    words = runs.arguments(texts, train__checkpoint_every=3)
+    assert runs.call(train, *words, f"--workdir={folder}") == 0
     return folder
 
 
@@ -55,6 +56,6 @@ def family(texts, one, tmp_path_factory):
     folder = tmp_path_factory.mktemp("family") / "run"
     for streams in (2, 4):
         second = {"train__init_from": one, "train__trainable": "streams"}
-        words = runs.arguments(texts, model__streams=streams, **second)
+        words = runs.arguments(texts, model__streams=streams, train__checkpoint_every=3, **second)
         assert runs.call(train, *words, f"--workdir={folder}") == 0
     return folder

@@ -21,7 +21,7 @@ MODEL = {
 # A constant learning rate: more steps then begin like fewer.
 TRAIN = {
     "steps": 8, "learning_rate": 0.01, "warmup_steps": 2, "schedule": "constant", "log_every": 1,
-    "eval_rows": 16, "sample_tokens": 0, "checkpoint_every": 3, "checkpoint_minutes": 0,
+    "eval_rows": 16, "sample_tokens": 0, "checkpoint_minutes": 0,
 }  # fmt: skip
 DATA = {"length": 32, "batch": 8, "held_out": 0.3}
 

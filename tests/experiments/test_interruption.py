@@ -12,7 +12,7 @@ import runs
 
 from experiments import train
 
-STEPS = 48
+STEPS = 32
 PATIENCE = 120  # seconds; a machine may be busy
 
 
