@@ -1,14 +1,18 @@
 """A run small enough to be tested whole, and its programs as a person meets them."""
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import program
 from parscale.metrics import read_csv
@@ -29,6 +33,22 @@ COMPILER = {
     "jax_disable_most_optimizations": True,
     "jax_persistent_cache_min_compile_time_secs": 0.0,
 }
+
+
+@contextlib.contextmanager
+def compiler(cache: Path) -> Iterator[None]:
+    """Nearly all the time of a tiny run goes into compiling it: inside, little and only once."""
+    settings = COMPILER | {"jax_compilation_cache_dir": str(cache)}
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def write_texts(folder: Path) -> Path:

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from experiments import evaluate, sample, train
 from models import huggingface
 
+pytestmark = pytest.mark.usefixtures("compiler")
+
 GOLDEN = "tests/data/parscale_p2"
 
 

@@ -11,6 +11,8 @@ from experiments import convert, sample
 from parscale import workdir
 from parscale.checkpoints import SaveError
 
+pytestmark = pytest.mark.usefixtures("compiler")
+
 GOLDEN = "tests/data/parscale_p2"
 
 

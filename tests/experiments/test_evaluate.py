@@ -8,6 +8,8 @@ import runs
 from experiments import convert, evaluate
 from parscale import data, workdir
 
+pytestmark = pytest.mark.usefixtures("compiler")
+
 
 def evaluated(capfd, folder, tmp_path, *words):
     """What the program prints, and the figures it writes."""

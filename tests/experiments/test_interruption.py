@@ -12,6 +12,8 @@ import runs
 
 from experiments import train
 
+pytestmark = pytest.mark.usefixtures("compiler")
+
 STEPS = 32
 PATIENCE = 120  # seconds; a machine may be busy
 

@@ -11,6 +11,8 @@ import runs
 from experiments import sample
 from parscale import workdir
 
+pytestmark = pytest.mark.usefixtures("compiler")
+
 TOKENS = 17  # the first, and twice eight: two compiled functions
 
 

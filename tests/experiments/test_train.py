@@ -16,6 +16,8 @@ from parscale.config import Config
 from parscale.config_io import from_json, replace, to_json
 from parscale.flops import parameter_counts
 
+pytestmark = pytest.mark.usefixtures("compiler")
+
 GOLDEN = "tests/data/parscale_p2"
 
 
