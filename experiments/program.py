@@ -27,7 +27,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from absl import flags as absl_flags
@@ -229,7 +229,8 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
     returns is the exit code, None being 0.
 
     Args:
-      main: the program, given its parsed flags; its module's docstring is the text of `--help`.
+      main: the program, given its parsed flags; its docstring, or else its module's, is the text
+        of `--help`.
       flags: what `new_flags` made, with the program's own flags defined on it.
       argv: the command line; that of the process if None, which may be restarted by
         `tune_allocator`.
@@ -238,7 +239,7 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
         tune_allocator()
         argv = sys.argv
     if {"--help", "-help", "-h"}.intersection(argv[1:]):
-        _print_help(usage(flags, main.__globals__["__doc__"] or ""))
+        _print_help(usage(flags, main.__doc__ or main.__globals__["__doc__"] or ""))
         sys.exit(0)
     try:
         parse(flags, argv)
@@ -255,6 +256,28 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
         traceback.print_exc()
         code = 1
     sys.exit(code)
+
+
+def run_commands(commands: Mapping[str, tuple[Main, absl_flags.FlagValues]], doc: str) -> NoReturn:
+    """Runs one of several commands of a program, named by its first word; see `run`.
+
+    Args:
+      commands: by name, the command and its flags.
+      doc: what `--help` without a command prints, before the first line of each command.
+    """
+    tune_allocator()
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in commands:
+        run(*commands[name], [sys.argv[0], *sys.argv[2:]])
+    if name in ("--help", "-help", "-h"):
+        lines = [doc.strip(), "", "Commands, each with a --help of its own:"]
+        for word, (main, _) in commands.items():
+            lines.append(f"  {word:<10}{(main.__doc__ or '').strip().splitlines()[0]}")
+        _print_help("\n".join(lines))
+        sys.exit(0)
+    given = f"{name}: no such command{nearest(name, list(commands))}" if name else "no command"
+    fail(InputError(f"{given}; expected one of {', '.join(commands)}"))
+    sys.exit(2)
 
 
 def _print_help(text: str) -> None:

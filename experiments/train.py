@@ -5,6 +5,8 @@
 The same command again goes on from the last complete checkpoint. Ctrl-C and SIGTERM save first.
 """
 
+import sys
+
 from absl import flags
 
 from experiments import program
@@ -55,7 +57,7 @@ def main(options: flags.FlagValues) -> int | None:
         except OSError as error:
             return program.fail(OSError(f"{workdir}: {error}; complete checkpoints are kept"))
     if result is None:
-        run.say("interrupted and saved; the same command goes on from here")
+        run.print_once("interrupted and saved; the same command goes on from here", sys.stderr)
         return interruption.exit_code
     return None
 

@@ -5,6 +5,7 @@ import dataclasses
 from sharding.settings import InputError, check_at_least, check_choices, option
 
 TRANSFORMS = ("prefix", "soft_tokens", "low_rank", "bias")
+TRANSFORM_INITS = ("normal", "tokens")
 AGGREGATIONS = ("dynamic", "constant", "mean")
 
 
@@ -29,6 +30,11 @@ class ModelConfig:
     transform: str = option("prefix", "what makes the streams differ", choices=TRANSFORMS)
     transform_size: int = option(48, "prefix slots, soft tokens, or rank of the low-rank delta [M]")
     transform_std: float = option(0.02, "standard deviation of the transform's initial values")
+    transform_init: str = option(
+        "normal",
+        "initial values of the transform; tokens: keys and values of vocabulary tokens (prefix)",
+        choices=TRANSFORM_INITS,
+    )
     aggregation: str = option("dynamic", "how the streams are mixed", choices=AGGREGATIONS)
     smoothing: float = option(0.1, "share of the mixing weights that is spread evenly (epsilon)")
 
@@ -71,6 +77,10 @@ class ModelConfig:
             raise InputError(
                 f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}: "
                 "every key/value head must serve the same number of query heads"
+            )
+        if self.transform_init == "tokens" and self.transform != "prefix":
+            raise InputError(
+                f"transform_init=tokens: only transform=prefix starts so, not {self.transform}"
             )
         if not 0.0 <= self.smoothing <= 1.0:
             raise InputError(f"smoothing={self.smoothing}: expected a value from 0 to 1")

@@ -1,22 +1,23 @@
 """More streams for a model that has some: old weights stay, new ones are drawn."""
 
-from typing import Any
-
 import jax
 from flax import nnx
+from jaxtyping import Array
 
 from models.config import ModelConfig
 from models.transformer import LanguageModel
-from models.trees import overlay
+from models.transforms import prefix_from_tokens
+from models.trees import Tree, overlay
 from sharding.settings import InputError
 
 FREE = {"streams", "init_std", "max_length", "dtype", "layer_loop", "remat"}
-STREAM_FIELDS = {"transform", "transform_size", "transform_std", "aggregation", "smoothing"}
+DRAWN = {"transform_std", "transform_init", "smoothing"}
+STREAM_FIELDS = {"transform", "transform_size", "aggregation"} | DRAWN
 
 
 def check_growable(old: ModelConfig, new: ModelConfig) -> None:
     """Raises InputError if weights of a model `old` cannot start a model `new`."""
-    free = FREE | (STREAM_FIELDS if old.streams == 1 else {"transform_std", "smoothing"})
+    free = FREE | (STREAM_FIELDS if old.streams == 1 else DRAWN)
     names = [name for name in new.__dataclass_fields__ if name not in free]
     differing = [name for name in names if getattr(old, name) != getattr(new, name)]
     if differing:
@@ -31,17 +32,24 @@ def check_growable(old: ModelConfig, new: ModelConfig) -> None:
         )
 
 
-def grow_streams(params: dict[str, Any], new: ModelConfig, seed: int) -> dict[str, Any]:
-    """Parameters for a model with more streams.
+def begin_from(config: ModelConfig, key: Array, given: Tree) -> Tree:
+    """Initial parameters of a model, some of them given.
 
     Args:
-      params: nested dict of arrays of a model that `check_growable` lets through.
-      new: the grown model.
-      seed: of the initial values of what is new.
+      config: the model.
+      key: of the initial values of what is new.
+      given: nested dict of arrays of a model that `check_growable` lets through, or of parts of
+        one; may be empty.
 
     Returns:
       nested dict of arrays: the given ones, and in each array that has a stream axis the given
       streams first, then new ones.
     """
-    model = LanguageModel(new, rngs=nnx.Rngs(params=jax.random.key(seed)))
-    return overlay(nnx.to_pure_dict(nnx.state(model)), params)
+    model = LanguageModel(config, rngs=nnx.Rngs(params=key))
+    params = overlay(nnx.to_pure_dict(nnx.state(model)), given)
+    if not given or config.streams == 1 or config.transform_init != "tokens":
+        return params
+    # New prefixes are keys and values of the given weights, not of those drawn here.
+    model = nnx.merge(nnx.graphdef(model), params)
+    prefix_from_tokens(model, jax.random.fold_in(key, 1))
+    return overlay(nnx.to_pure_dict(nnx.state(model)), given)

@@ -12,7 +12,7 @@ from models.attention import Attention
 from models.config import ModelConfig
 from models.context import Context
 from models.layers import RMSNorm, SwiGLU, rope_tables
-from models.transforms import SoftTokens
+from models.transforms import SoftTokens, prefix_from_tokens
 from models.weights import WeightMaker
 from pallas_kernels import masks
 from sharding import rules
@@ -58,6 +58,8 @@ class LanguageModel(nnx.Module):
             self.aggregation = make_aggregation(config, weight)
             if config.transform == "soft_tokens":
                 self.soft_tokens = SoftTokens(config, weight)
+            if config.transform_init == "tokens":
+                prefix_from_tokens(self, rngs.params())
 
     def __call__(
         self,

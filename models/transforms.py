@@ -5,12 +5,15 @@ class does nothing in either, and is what the plain model (P = 1) has. Soft toke
 input of the model, and have a class of their own.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from models.config import ModelConfig
-from models.weights import StreamParam, WeightMaker, normal, zeros
+from models.weights import TransformParam, WeightMaker, normal, zeros
 
 
 class StreamTransform(nnx.Module):
@@ -31,8 +34,8 @@ class Prefix(StreamTransform):
     def __init__(self, config: ModelConfig, weight: WeightMaker):
         shape = (config.streams, config.kv_heads, config.transform_size, config.head_dim)
         axes = ("streams", "kv_heads", "slots", "head_dim")
-        self.k = weight(shape, axes, normal(config.transform_std), StreamParam)
-        self.v = weight(shape, axes, normal(config.transform_std), StreamParam)
+        self.k = weight(shape, axes, normal(config.transform_std), TransformParam)
+        self.v = weight(shape, axes, normal(config.transform_std), TransformParam)
 
     def prefix(self) -> tuple[Array, Array]:
         return self.k[...], self.v[...]
@@ -48,13 +51,13 @@ class LowRank(StreamTransform):
                 (streams, config.width, rank),
                 ("streams", "embed", "rank"),
                 normal(config.transform_std),
-                StreamParam,
+                TransformParam,
             )
             up = weight(
                 (streams, rank, heads, config.head_dim),
                 ("streams", "rank", axis, "head_dim"),
                 zeros,
-                StreamParam,
+                TransformParam,
             )
             setattr(self, f"{name}_down", down)
             setattr(self, f"{name}_up", up)
@@ -77,7 +80,7 @@ class Bias(StreamTransform):
                 (config.streams, heads, config.head_dim),
                 ("streams", axis, "head_dim"),
                 normal(config.transform_std),
-                StreamParam,
+                TransformParam,
             )
             setattr(self, name, bias)
 
@@ -93,8 +96,32 @@ class SoftTokens(nnx.Module):
             (config.streams, config.transform_size, config.width),
             ("streams", "slots", "embed"),
             normal(config.transform_std),
-            StreamParam,
+            TransformParam,
         )
+
+
+def prefix_from_tokens(model: Any, key: Array) -> None:
+    """Sets the prefixes of a model to the keys and values of vocabulary tokens drawn at random.
+
+    A layer's M slots of stream p are what its own key and value projections, given their norm,
+    make of M tokens' embeddings; not rotated, as prefixes are not. The draw is the same in every
+    layer.
+
+    Args:
+      model: a `LanguageModel` with stacked layers and the transform "prefix"; changed in place.
+      key: of the draw.
+    """
+    config, mixer = model.config, model.layers.mixer
+    shape = (config.streams, config.transform_size)
+    tokens = jax.random.randint(key, shape, 0, config.vocab_size)
+    x = model.embedding[...][tokens]
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + config.norm_eps)
+    x = jnp.einsum("pmd,ld->lpmd", x, model.layers.mixer_norm.scale[...])
+    for name in ("k", "v"):
+        y = jnp.einsum("lpmd,ldkh->lpkmh", x, getattr(mixer, name)[...])
+        if mixer.biased:
+            y += getattr(mixer, f"{name}_bias")[...][:, None, :, None, :]
+        getattr(mixer.streams, name)[...] = y
 
 
 def layer_transform(config: ModelConfig, weight: WeightMaker) -> StreamTransform:

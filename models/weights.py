@@ -24,6 +24,10 @@ class StreamParam(nnx.Param):
     """A weight that exists because there is more than one stream: transforms and aggregation."""
 
 
+class TransformParam(StreamParam):
+    """A weight of the input transform, which is what makes one stream differ from another."""
+
+
 class WeightMaker:
     """Makes float32 weights, drawing a new key for each.
 

@@ -53,8 +53,9 @@ class TrainConfig:
     init_from: str = option("", "start from the weights of this workdir or Hugging Face directory")
     trainable: str = option(
         "all",
-        "what learns: all, or only the streams' own parameters and the aggregation",
-        choices=("all", "streams"),
+        "what learns: all, only the streams' own parameters and the aggregation, or all but the "
+        "streams' transforms, which then stay as they were drawn",
+        choices=("all", "streams", "all_but_transform"),
     )
     max_bad_steps: int = option(
         10, "non-finite steps in a row after which the run stops", resume="free"
@@ -83,6 +84,8 @@ class TrainConfig:
             "clip_norm", "eval_every", "eval_rows", "sample_tokens", "checkpoint_every",
             "checkpoint_minutes",
         )  # fmt: skip
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"seed={self.seed}: expected 0 to {2**31 - 1}")
         if self.schedule == "wsd" and self.decay_steps < 1:
             raise InputError(
                 "schedule=wsd: decay_steps must be at least 1, the length of the decay"

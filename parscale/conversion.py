@@ -4,9 +4,11 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import jax
+
 from models import huggingface
 from models.config import ModelConfig
-from models.growth import check_growable, grow_streams
+from models.growth import begin_from, check_growable
 from parscale import config_io, tokenizers, workdir
 from parscale.checkpoints import Checkpoints
 from parscale.config import Config
@@ -44,7 +46,7 @@ def convert(
     if streams is not None and streams != model.streams:
         model = dataclasses.replace(model, streams=streams)
         check_growable(weights.model, model)
-        params = grow_streams(params, model, seed)
+        params = begin_from(model, jax.random.key(seed), params)
     origin = source if workdir.is_huggingface(source) else source / workdir.ORIGIN
     origin = origin if (origin / huggingface.CONFIG).exists() else None
     if to == "huggingface":

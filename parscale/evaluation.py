@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.transformer import LanguageModel
-from parscale.loss import token_losses
+from parscale.loss import perplexity, token_losses
 
 COLLAPSED = 0.99
 """Mean pairwise agreement above which the streams count as one."""
@@ -142,7 +142,7 @@ def describe(result: StreamReport, bits_per_byte: float) -> str:
     lines = [
         f"tokens          {result.tokens}",
         f"loss            {result.loss:.4f} nats per token",
-        f"perplexity      {math.exp(result.loss):.3f}",
+        f"perplexity      {perplexity(result.loss):.3f}",
         f"bits per byte   {bits_per_byte:.4f}",
     ]
     if result.streams == 1:

@@ -1,5 +1,7 @@
 """Next-token cross-entropy without the whole array of logits."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -48,3 +50,11 @@ def token_losses(
     if whole == length:
         return done
     return jnp.concatenate([done, losses(x[:, whole:], targets[:, whole:])], 1)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinite where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

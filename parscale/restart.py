@@ -92,10 +92,13 @@ def starting_params(config: Config, folder: Path, run: Path) -> Tree:
     return {}
 
 
-def saved_items(state: TrainState) -> dict[str, Any]:
-    """What of a state a checkpoint holds, by item."""
+def saved_items(state: TrainState, trainable: str) -> dict[str, Any]:
+    """What of a state a checkpoint holds, by item; a frozen backbone is kept beside them once."""
     counters = {name: getattr(state, name) for name in COUNTERS}
-    return {"trainable": state.trainable, "optimizer": state.optimizer, "counters": counters}
+    items = {"trainable": state.trainable, "optimizer": state.optimizer, "counters": counters}
+    if state.frozen and trainable != "streams":
+        items["frozen"] = state.frozen
+    return items
 
 
 def start(
@@ -124,9 +127,12 @@ def start(
             "put them back, or begin in another --workdir (--config.train.init_from takes these "
             "weights along)"
         )
+    frozen = items.get("frozen", {})
+    if training.config.train.trainable == "streams":
+        frozen = training.init(given).frozen
     state = TrainState(
         trainable=items["trainable"],
-        frozen=training.init(given).frozen if training.abstract.frozen else {},
+        frozen=frozen,
         optimizer=items["optimizer"],
         **items["counters"],
     )
@@ -134,6 +140,11 @@ def start(
         state = grow(training, state)
         record.streams = streams
     return state, record
+
+
+def items_of(training: Training) -> dict[str, Any]:
+    """What the checkpoints of a training hold, as shapes."""
+    return saved_items(training.abstract, training.config.train.trainable)
 
 
 def restore(
@@ -145,7 +156,7 @@ def restore(
     until it saves again, and may go back to one later.
     """
     try:
-        return training, checkpoints.restore(saved_items(training.abstract))
+        return training, checkpoints.restore(items_of(training))
     except InputError:
         step = checkpoints.latest_complete()
         record = {} if step is None else read_record(checkpoints.directory / str(step))
@@ -154,7 +165,7 @@ def restore(
             raise
         model = dataclasses.replace(model, streams=record["streams"])
         smaller = Training(dataclasses.replace(training.config, model=model), training.mesh)
-        return smaller, checkpoints.restore(saved_items(smaller.abstract))
+        return smaller, checkpoints.restore(items_of(smaller))
 
 
 def grow(training: Training, state: TrainState) -> TrainState:

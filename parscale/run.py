@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -10,9 +11,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -20,11 +21,13 @@ import numpy as np
 from parscale import config_io, data, flops, generate, ngrams, restart, workdir
 from parscale.checkpoints import Checkpoints
 from parscale.config import Config
+from parscale.loss import perplexity
 from parscale.metrics import MetricsWriter
 from parscale.progress import Progress, format_seconds
 from parscale.quiet import quiet_late_writes
 from parscale.restart import Record
 from parscale.training import Training, TrainState
+from sharding.mesh import make_mesh
 from sharding.settings import InputError
 
 SAMPLE_PROMPTS = ("def ", "import ", "class ")
@@ -42,6 +45,8 @@ def train(
     grow_streams: bool = False,
     profile_steps: tuple[int, int] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    devices: Sequence[jax.Device] | None = None,
+    log: TextIO | None = None,
 ) -> dict[str, Any] | None:
     """Trains, or goes on with, the run in a workdir.
 
@@ -52,6 +57,8 @@ def train(
       profile_steps: first and last step of a profiler trace, written to `profile/`; those of them
         that were done earlier are left out.
       should_stop: asked after every step; the run then saves and ends early.
+      devices: those of the mesh; all by default.
+      log: where progress is shown; standard error by default.
 
     Returns:
       what `result.json` holds, or None if the run was stopped early.
@@ -66,9 +73,9 @@ def train(
     saved = restart.saved_config(run)
     if saved is not None:
         config_io.check_resumable(saved, config, grow=grow_streams)
-    if not 0 <= config.train.seed < 2**31:
-        raise InputError(f"train.seed={config.train.seed}: expected 0 to {2**31 - 1}")
-    training = Training(config)
+    training = Training(config, make_mesh(config.mesh, devices))
+    log = sys.stderr if log is None else log
+    say = functools.partial(print_once, file=log)
     text = data.open_data(config.data, config.model.vocab_size)
     batches = data.train_batches(text, config.data, jax.process_index(), jax.process_count())
     given = restart.starting_params(config, folder, run)
@@ -89,13 +96,13 @@ def train(
             return result
         with MetricsWriter(run, step) as metrics:
             (run / workdir.RESULT).unlink(missing_ok=True)
-            describe(config, training, text, step)
-            loop = Loop(training, text, checkpoints, metrics, batches, record, should_stop)
+            describe(config, training, text, step, say)
+            loop = Loop(training, text, checkpoints, metrics, batches, record, should_stop, log)
             with profiled(run, profile_steps) as at_step:
                 state = loop.run(state, at_step)
             if int(state.step) < config.train.steps:
                 return None
-            return finish(training, text, state, loop, run)
+            return finish(training, text, state, loop, run, say)
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
@@ -104,7 +111,9 @@ def read_result(run: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def describe(config: Config, training: Training, text: data.Data, step: int) -> None:
+def describe(
+    config: Config, training: Training, text: data.Data, step: int, say: Callable[[str], None]
+) -> None:
     """Says what is about to be done."""
     counts = flops.parameter_counts(config.model)
     say(
@@ -121,10 +130,10 @@ def describe(config: Config, training: Training, text: data.Data, step: int) -> 
         say(f"resuming from step {step}")
 
 
-def say(text: str) -> None:
+def print_once(text: str, file: TextIO) -> None:
     """Prints a line, from process 0 alone."""
     if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=file, flush=True)
 
 
 @contextlib.contextmanager
@@ -163,6 +172,7 @@ class Loop:
         batches: Any,
         record: Record,
         should_stop: Callable[[], bool],
+        log: TextIO,
     ):
         self.training = training
         self.text = text
@@ -171,6 +181,7 @@ class Loop:
         self.batches = batches
         self.record = record
         self.should_stop = should_stop
+        self.log = log
         config = training.config
         row_tokens = config.data.batch * config.data.length
         self._step_flops = flops.train_flops(config.model, config.data.length, config.data.batch)
@@ -185,7 +196,11 @@ class Loop:
         step = int(state.step)
         pending = None
         with Progress(
-            train.steps, first=step, elapsed=self.record.seconds, every=train.log_every
+            train.steps,
+            first=step,
+            elapsed=self.record.seconds,
+            every=train.log_every,
+            file=self.log,
         ) as progress:
             while step < train.steps and not self.should_stop():
                 at_step(step + 1, state)
@@ -217,7 +232,10 @@ class Loop:
         self.record.data = self.batches.get_state()
         self.metrics.flush()
         self.checkpoints.save(
-            step, restart.saved_items(state), dataclasses.asdict(self.record), wait
+            step,
+            restart.saved_items(state, self.training.config.train.trainable),
+            dataclasses.asdict(self.record),
+            wait,
         )
         self._last_save = time.monotonic()
 
@@ -297,13 +315,23 @@ def held_out(training: Training, text: data.Data) -> Iterator[data.Batch]:
 
 
 def finish(
-    training: Training, text: data.Data, state: TrainState, loop: Loop, run: Path
+    training: Training,
+    text: data.Data,
+    state: TrainState,
+    loop: Loop,
+    run: Path,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Evaluates, samples, and writes and returns the result of a whole run."""
     config = training.config
     loss = loop.final_loss
     if loss is None:  # the run was killed between its last checkpoint and here
         loss = held_out_loss(training, text, state)
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the held-out loss after the last step is {loss}. Try a lower train.learning_rate "
+            "or a longer train.warmup_steps, in a new --workdir"
+        )
     bits = text.bits_per_byte(loss)
     say(f"held-out loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
     baselines = {}
@@ -321,7 +349,7 @@ def finish(
         "tokens": loop.record.tokens,
         "seconds": round(loop.record.seconds, 3),
         "held_out_loss": loss,
-        "perplexity": math.exp(loss) if loss < 709 else math.inf,
+        "perplexity": perplexity(loss),
         "bits_per_byte": bits,
         "ngram_bits_per_byte": baselines,
         "skipped_steps": int(state.skipped),

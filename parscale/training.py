@@ -11,14 +11,22 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from models.growth import begin_from
 from models.transformer import LanguageModel
-from models.trees import merge, overlay
-from models.weights import StreamParam
+from models.trees import merge, select
+from models.weights import StreamParam, TransformParam
 from parscale.config import Config
 from parscale.loss import token_losses
 from parscale.optimizer import learning_rate, make_optimizer
 from sharding import rules
 from sharding.mesh import make_mesh
+
+LEARNS = {
+    "all": nnx.Param,
+    "streams": StreamParam,
+    "all_but_transform": nnx.All(nnx.Param, nnx.Not(TransformParam)),
+}
+"""For each `train.trainable`, the weights that learn."""
 
 Batch = dict[str, Array]
 Params = dict[str, Any]
@@ -32,7 +40,7 @@ class TrainState:
     Attributes:
       step: int32 [], optimizer steps dispatched, the skipped ones among them.
       trainable: parameters that learn, float32.
-      frozen: parameters that do not (empty unless only the streams learn), float32.
+      frozen: parameters that do not (empty where all learn), float32.
       optimizer: optax's state, for `trainable` alone.
       skipped: int32 [], steps left out because the loss or a gradient was not finite.
       bad_streak: int32 [], how many of them in a row just now.
@@ -65,8 +73,8 @@ class Training:
         self.config = config
         self.mesh = make_mesh(config.mesh) if mesh is None else mesh
         abstract = nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0)))
-        learns = StreamParam if config.train.trainable == "streams" else nnx.Param
-        self.graph, trainable, frozen = nnx.split(abstract, learns, ...)
+        self._learns = LEARNS[config.train.trainable]
+        self.graph, trainable, frozen = nnx.split(abstract, self._learns, ...)
         self.optimizer = make_optimizer(
             config.train, map_weights(lambda weight: weight.decay, trainable)
         )
@@ -164,11 +172,10 @@ class Training:
         )
 
     def _init_state(self, seed: Int[Array, ""], given: Params) -> TrainState:
-        model = LanguageModel(self.config.model, rngs=nnx.Rngs(params=jax.random.key(seed)))
-        learns = StreamParam if self.config.train.trainable == "streams" else nnx.Param
-        _, trainable, frozen = nnx.split(model, learns, ...)
-        trainable = overlay(nnx.to_pure_dict(trainable), given)
-        frozen = overlay(nnx.to_pure_dict(frozen), given)
+        params = begin_from(self.config.model, jax.random.key(seed), given)
+        trainable, frozen = (
+            select(params, part) for part in (self.abstract.trainable, self.abstract.frozen)
+        )
         zero = jnp.zeros((), jnp.int32)
         return TrainState(
             step=zero,

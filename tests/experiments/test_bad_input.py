@@ -48,7 +48,7 @@ def refused(capfd, texts, folder, *words, **changes):
         ("--config.data.batch=1000000", ["fewer than one batch of 1000000"]),
         ("--config.data.held_out=0", ["held_out=0", "between 0 and 1"]),
         ("--config.data.seed=-1", ["data.seed=-1"]),
-        ("--config.train.seed=5000000000", ["train.seed=5000000000"]),
+        ("--config.train.seed=5000000000", ["seed=5000000000", "2147483647"]),
         ("--config.data.tokenizer=byte", ["tokenizer byte", '"bytes"']),
         ("--config.data.corpus=pystdlb", ["pystdlb", '"pystdlib"']),
         ("--config.data.corpus={tmp}/none", ["{tmp}/none", "no file is there"]),
