@@ -18,6 +18,6 @@ def get_config() -> Config:
         ),
         data=DataConfig(corpus="pystdlib", length=256, batch=8),
         train=TrainConfig(
-            steps=400, learning_rate=4e-3, warmup_steps=40, eval_every=200, checkpoint_minutes=1.0
+            steps=360, learning_rate=4e-3, warmup_steps=40, eval_every=200, checkpoint_minutes=1.0
         ),
     )
