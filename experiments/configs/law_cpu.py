@@ -4,7 +4,8 @@
 
 Every run learns from the same number of bytes in the same order (the seed decides which), so that
 runs of one size and seed differ in P alone. The learning rate of each size is the best of those
-that `law_cpu_rates` tries at P = 1. What came of it is in experiments/results/.
+that `law_cpu_rates` tries at P = 1. A whole seed comes before the next, so that a sweep that is
+stopped early has every size with every P. What came of it is in experiments/results/.
 """
 
 from models.config import ModelConfig
@@ -25,7 +26,7 @@ SIZES = zipped(
     values("model.kv_heads", 1, 1, 1),
     values("model.mlp_width", 88, 132, 176),
 )
-RATES = values("train.learning_rate", 8e-3, 8e-3, 8e-3)
+RATES = values("train.learning_rate", 16e-3, 8e-3, 4e-3)
 
 
 def seeds(count: int) -> list:
@@ -36,4 +37,4 @@ def seeds(count: int) -> list:
 
 def get_sweep() -> Sweep:
     streams = values("model.streams", 1, 2, 4, 8, label="P")
-    return Sweep(BASE, product(zipped(SIZES, RATES), streams, seeds(3)))
+    return Sweep(BASE, product(seeds(3), zipped(SIZES, RATES), streams))
