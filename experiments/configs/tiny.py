@@ -2,7 +2,8 @@
 
     python -m experiments.train --config=experiments/configs/tiny.py --workdir=/tmp/tiny
 
-Hardware and time: 2 CPU cores, under five minutes. Expected: see the README, which shows a run.
+Hardware and time: 2 CPU cores, under five minutes. Expected: 2.53 bits per byte on Python 3.11.7's
+library, where a bigram model has 3.62 and a trigram model 2.74.
 Initial weights are larger than the customary 0.02, which at this width costs the first few hundred
 steps: at P = 1, 300 steps ended at 2.55 bits per byte with 0.06 and at 3.01 with 0.02.
 """
