@@ -28,7 +28,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from absl import flags as absl_flags
 
@@ -42,6 +42,7 @@ ALLOCATOR = (
 )
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
 
+Made = TypeVar("Made")
 Main = Callable[[absl_flags.FlagValues], int | None]
 
 
@@ -79,9 +80,10 @@ def new_flags(config: bool = False) -> absl_flags.FlagValues:
     return flags
 
 
-def presets() -> list[str]:
-    """Names of the presets that come with the package."""
-    return sorted(path.stem for path in PRESETS.glob("[!_]*.py"))
+def presets(function: str = "get_config") -> list[str]:
+    """Names of the files that come with the package and define a function."""
+    files = PRESETS.glob("[!_]*.py")
+    return sorted(path.stem for path in files if f"\ndef {function}(" in path.read_text())
 
 
 def load_preset(name: str) -> Config:
@@ -90,32 +92,52 @@ def load_preset(name: str) -> Config:
     Raises:
       InputError: no such preset, one without `get_config`, or one that does not validate.
     """
+    config = call_preset(name, "get_config", Config)
+    try:
+        return config_io.from_dict(Config, config_io.to_dict(config))
+    except InputError as error:
+        raise InputError(f"--config={name}: {error}") from None
+
+
+def call_preset(name: str, function: str, kind: type[Made]) -> Made:
+    """What a function of a preset's file returns.
+
+    Args:
+      name: path of the file, or its name if it comes with the package.
+      function: to call, without arguments.
+      kind: what it returns.
+
+    Raises:
+      InputError: no such file, no such function, or it returns or raises what it should not.
+    """
     path = pathlib.Path(name)
     if not path.is_file() and path.name == name and not path.suffix:
         path = PRESETS / f"{name}.py"
     if not path.is_file():
-        guess = nearest(path.stem, presets())
-        raise InputError(f"--config={name}: no such preset{guess}; expected {_a_preset()}")
+        guess = nearest(path.stem, presets(function))
+        raise InputError(f"--config={name}: no such preset{guess}; expected {_a_preset(function)}")
     if path.suffix != ".py":
-        raise InputError(f"--config={name}: expected {_a_preset()}")
+        raise InputError(f"--config={name}: expected {_a_preset(function)}")
     spec = importlib.util.spec_from_file_location(f"preset_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise InputError("it has no get_config(), which should return a Config")
-        config = module.get_config()
-        if not isinstance(config, Config):
-            raise InputError(f"get_config() returned {type(config).__name__}, expected a Config")
-        return config_io.from_dict(Config, config_io.to_dict(config))
+        if not hasattr(module, function):
+            raise InputError(f"it has no {function}(), which should return a {kind.__name__}")
+        made = getattr(module, function)()
+        if not isinstance(made, kind):
+            raise InputError(
+                f"{function}() returned {type(made).__name__}, expected a {kind.__name__}"
+            )
+        return made
     except SyntaxError as error:
         raise InputError(f"--config={name}: line {error.lineno}: {error.msg}") from None
     except InputError as error:
         raise InputError(f"--config={name}: {error}") from None
 
 
-def _a_preset() -> str:
-    return f"a Python file with get_config(), or one of {', '.join(presets())}"
+def _a_preset(function: str = "get_config") -> str:
+    return f"a Python file with {function}(), or one of {', '.join(presets(function))}"
 
 
 def changes(flags: absl_flags.FlagValues) -> dict[str, object]:

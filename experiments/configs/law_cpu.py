@@ -1,6 +1,7 @@
 """A small parallel scaling law that two CPU cores train: 3 sizes x P in {1, 2, 4, 8} x 3 seeds.
 
-    python -m experiments.scaling_law sweep --config=experiments/configs/law_cpu.py --workdir=/tmp/law
+    python -m experiments.scaling_law sweep --config=experiments/configs/law_cpu.py \
+      --workdir=/tmp/law
 
 Every run learns from the same number of bytes in the same order (the seed decides which), so that
 runs of one size and seed differ in P alone. The learning rate of each size is the best of those
