@@ -14,7 +14,7 @@ from parscale.config import Config, DataConfig, TrainConfig
 from parscale.sweep import Sweep, product, values, zipped
 
 BASE = Config(
-    model=ModelConfig(layers=3, transform_size=16, init_std=0.06),
+    model=ModelConfig(layers=3, transform_size=4, transform_init="tokens", init_std=0.06),
     data=DataConfig(corpus="pystdlib", length=128, batch=8),
     train=TrainConfig(
         steps=400, warmup_steps=40, eval_rows=512, sample_tokens=0, checkpoint_minutes=2.0, keep=1

@@ -7,9 +7,10 @@ base     P = 1 and P = 4 as in `law_cpu`
 frozen   P = 4 whose prefixes stay as they were drawn
 wide     P = 1, twice as wide: about the FLOPs of P = 4; two learning rates
 more     10 % more tokens for the P = 1 model: P = 1 goes on, or it is recycled to P = 2 and 4 with
-         everything learning (`all`, `tokens` with prefixes from the keys and values of vocabulary
-         tokens) or on a frozen backbone (`streams`)
-kinds    P = 4 with other initial prefixes, input transforms and aggregations
+         everything learning (`all`; `normal` with small random prefixes in place of keys and values
+         of tokens) or on a frozen backbone (`streams`)
+init     P = 4 with other prefixes: M slots, drawn from N(0, std) or keys and values of tokens
+kinds    P = 4 with other input transforms and aggregations
 """
 
 from experiments.configs.law_cpu import BASE, RATES, SIZES, seeds
@@ -57,15 +58,19 @@ def get_sweep() -> Sweep:
     for streams in (2, 4):
         grown = {"model__streams": streams}
         points += more(f"all-P{streams}", **grown)
-        points += more(f"tokens-P{streams}", **grown, model__transform_init="tokens")
+        points += more(f"normal-P{streams}", **grown, model__transform_init="normal")
         points += more(f"streams-P{streams}", **grown, train__trainable="streams")
-    points += named("kinds-tokens", **four, model__transform_init="tokens")
-    for std in (0.2, 1.0):
-        points += named(f"kinds-std{std}", **four, model__transform_std=std)
-    for transform, size in (("soft_tokens", 16), ("low_rank", 4), ("bias", 1)):
+    for size in (4, 16):
+        slots = {"model__transform_size": size}
+        for std in (0.02, 1.0):
+            normal = {"model__transform_init": "normal", "model__transform_std": std}
+            points += named(f"init-M{size}-std{std}", **four, **slots, **normal)
+    points += named("init-M16-tokens", **four, model__transform_size=16)
+    for transform, size, std in (("soft_tokens", 4, 0.06), ("low_rank", 4, 0.02), ("bias", 1, 0.1)):
         points += named(
-            f"kinds-{transform}", **four, model__transform=transform, model__transform_size=size
-        )
+            f"kinds-{transform}", **four, model__transform=transform, model__transform_size=size,
+            model__transform_init="normal", model__transform_std=std,
+        )  # fmt: skip
     for aggregation in ("constant", "mean"):
         points += named(f"kinds-{aggregation}", **four, model__aggregation=aggregation)
     return Sweep(BASE, points)
