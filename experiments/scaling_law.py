@@ -1,0 +1,199 @@
+"""The parallel scaling law L = (A / (N (k ln P + 1)))^alpha + E: fitting, drawing, predicting.
+
+    python -m experiments.scaling_law fit --data=published --figure=law.png
+    python -m experiments.scaling_law plot --data=runs.csv --figure=law.svg
+    python -m experiments.scaling_law predict --params=1.6e9 --streams=8 --target=1.02
+
+N counts parameters without embeddings, P streams; losses are in nats per token.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from absl import flags
+
+from experiments import program
+from sharding.settings import InputError, nearest
+
+PUBLISHED = Path(__file__).parent / "results" / "published.csv"
+# The fit that the ParScale paper prints (arXiv 2505.10475, figure 2): E, A, alpha, k and R2.
+PUBLISHED_FITS = {
+    "stack": (0.6912, 1.131e7, 0.1894, 0.3935, 0.9978),
+    "pile": (1.2888, 1.974e8, 0.1963, 0.3345, 0.9987),
+}
+STREAMS = (1, 2, 4, 8)  # of the sizes that reach a target loss
+BYTES = 2  # of a parameter in bfloat16
+DATA_HELP = "published, or a CSV file with columns corpus, params, streams, loss, perhaps seed"
+
+FIT = program.new_flags()
+flags.DEFINE_string("data", "published", DATA_HELP, flag_values=FIT)
+flags.DEFINE_string("figure", "", "also draw to this file, .png or .svg", flag_values=FIT)
+flags.DEFINE_integer("bootstrap", 1000, "draws behind the 95 % intervals", flag_values=FIT)
+flags.DEFINE_string("json", "", "also write the figures to this file", flag_values=FIT)
+
+PLOT = program.new_flags()
+flags.DEFINE_string("data", "published", DATA_HELP, flag_values=PLOT)
+flags.DEFINE_string("figure", "", "file to draw to, .png or .svg", flag_values=PLOT)
+
+PREDICT = program.new_flags()
+flags.DEFINE_string("data", "published", DATA_HELP, flag_values=PREDICT)
+flags.DEFINE_string("corpus", "", "which corpus of the data; default: all", flag_values=PREDICT)
+flags.DEFINE_list("law", None, "E,A,alpha,k of a law to take in place of data", flag_values=PREDICT)
+flags.DEFINE_float("params", None, "N, parameters without embeddings", flag_values=PREDICT)
+flags.DEFINE_integer("streams", 1, "P, number of streams", flag_values=PREDICT)
+flags.DEFINE_float("target", None, "loss to be reached", flag_values=PREDICT)
+
+
+def fit(options: flags.FlagValues) -> None:
+    """Fits the law and its rivals to a table of runs, with intervals and left-out predictions.
+
+    The data are the paper's 48 losses, or a CSV file with a row for each run. Where it has a column
+    `seed`, the spread over seeds and the paired effect of P are printed too.
+    """
+    if options.bootstrap < 100:
+        raise InputError(f"--bootstrap={options.bootstrap}: expected at least 100 draws")
+    from parscale import law_figures, law_study, scaling_law
+
+    data = _read(options.data)
+    for corpus, points in data.items():
+        _named(corpus, scaling_law.check_identifiable, points)
+    if options.figure:
+        law_figures.check_path(options.figure)
+    if options.json:
+        _check_writable(options.json)
+    figures, drawn = {}, {}
+    for corpus, points in data.items():
+        published = PUBLISHED_FITS[corpus] if options.data == "published" else None
+        figures[corpus], law = law_study.study(points, published, options.bootstrap)
+        drawn[corpus] = points, law
+        text = law_study.describe(figures[corpus])
+        print(f"{corpus}\n{'=' * len(corpus)}\n{text}\n", flush=True)
+    if options.figure:
+        law_figures.write_law_figure(options.figure, drawn)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=1)
+
+
+def plot(options: flags.FlagValues) -> None:
+    """Draws loss against N for each P, and against ln P for each N, with the fitted law.
+
+    Where the points are too few for a fit, lines join them. Bars are one standard deviation over
+    seeds.
+    """
+    if not options.figure:
+        raise InputError("--figure is missing: expected a file that ends in .png or .svg")
+    from parscale import law_figures, scaling_law
+
+    data, runs = _read(options.data), {}
+    law_figures.check_path(options.figure)
+    for corpus, points in data.items():
+        try:
+            runs[corpus] = points, scaling_law.fit(points).law
+        except InputError as error:
+            print(f"{corpus}: lines join the points, no law is fitted: {error}")
+            runs[corpus] = points, None
+    law_figures.write_law_figure(options.figure, runs)
+    print(options.figure)
+
+
+def predict(options: flags.FlagValues) -> None:
+    """Predicts the loss of N parameters with P streams, and what it takes to reach a loss.
+
+    Prints the size at P = 1 with the same loss. For --target, the N for each P that reaches it,
+    with the matrix-product FLOPs of decoding one token, 2 N P (embeddings and attention to the
+    context left out), and the bytes of N parameters in bfloat16.
+    """
+    if options.params is None and options.target is None:
+        raise InputError("--params is missing: expected a number of parameters, or a --target loss")
+    for name in ("params", "streams", "target"):
+        value = options[name].value
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise InputError(f"--{name}={value}: expected a number above 0")
+    laws = _laws(options)
+    if options.target is not None and options.target <= min(law.E for law in laws.values()):
+        next(iter(laws.values())).params_for(options.target, 1)  # says why it cannot
+    for corpus, law in laws.items():
+        values = (f"{n} {x:.4g}" for n, x in zip(law.form.names, law.values, strict=True))
+        print(f"{corpus}: {', '.join(values)}")
+        if options.params is not None:
+            print(f"  {_describe_loss(law, options.params, options.streams)}")
+        if options.target is not None:
+            print(f"  {_describe_target(law, options.target, {*STREAMS, options.streams})}")
+
+
+def _describe_loss(law, params: float, streams: int) -> str:
+    from parscale.law_figures import short
+
+    return (
+        f"N {short(params)}, P {streams}: loss {law.loss(params, streams):.4f}, "
+        f"as N {short(law.equal_params(params, streams))} at P 1 "
+        f"({law.multiplier(streams):.3f} times the parameters)"
+    )
+
+
+def _describe_target(law, loss: float, counts: set[int]) -> str:
+    from parscale.law_figures import short
+    from parscale.law_study import table
+
+    if loss <= law.E:
+        return f"loss {loss:g}: no size reaches it, E is {law.E:.4g}"
+    rows = [["P", "N", "FLOPs per decoded token", "GB of parameters"]]
+    for streams in sorted(counts):
+        size = float(law.params_for(loss, streams))
+        rows.append([streams, short(size)])
+        rows[-1] += [f"{2 * size * streams:.3g}", f"{BYTES * size / 1e9:.3g}"]
+    return f"loss {loss:g} is reached by\n{table(rows, indent=4)}"
+
+
+def _read(data: str) -> dict:
+    from parscale import law_points
+
+    if not data:
+        raise InputError(f"--data is missing: expected {DATA_HELP}")
+    return law_points.read_points(PUBLISHED if data == "published" else data)
+
+
+def _laws(options: flags.FlagValues) -> dict:
+    """The laws that `predict` takes, by corpus."""
+    from parscale import scaling_law
+
+    if options.law is not None:
+        text = ",".join(options.law)
+        try:
+            E, A, alpha, k = map(float, options.law)
+        except ValueError:
+            raise InputError(f"--law={text}: expected four numbers E,A,alpha,k") from None
+        law = scaling_law.Law(E, A, alpha, (k,))
+        enough = min(E, A, alpha) > 0 and all(map(math.isfinite, law.values))
+        if not enough or k * math.log(max(options.streams, *STREAMS)) <= -1:
+            raise InputError(f"--law={text}: expected E, A, alpha above 0 and k ln P above -1")
+        return {"given": law}
+    data = _read(options.data)
+    if options.corpus and options.corpus not in data:
+        guess = nearest(options.corpus, data)
+        raise InputError(f"--corpus={options.corpus}: expected one of {', '.join(data)}{guess}")
+    chosen = [options.corpus] if options.corpus else list(data)
+    return {name: _named(name, scaling_law.fit, data[name]).law for name in chosen}
+
+
+def _named(corpus: str, call, *args):
+    """The result of a call; an InputError of it is told with the corpus."""
+    try:
+        return call(*args)
+    except InputError as error:
+        raise InputError(f"{corpus}: {error}") from None
+
+
+def _check_writable(path: str) -> None:
+    try:
+        open(path, "a", encoding="utf-8").close()
+    except OSError as error:
+        raise InputError(f"--json={path}: {error.strerror}") from None
+
+
+COMMANDS = {"fit": (fit, FIT), "plot": (plot, PLOT), "predict": (predict, PREDICT)}
+
+if __name__ == "__main__":
+    program.run_commands(COMMANDS, __doc__)
