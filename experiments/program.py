@@ -66,7 +66,7 @@ def new_flags(config: bool = False) -> absl_flags.FlagValues:
     flags = absl_flags.FlagValues()
     if not config:
         return flags
-    absl_flags.DEFINE_string("config", None, f"preset: {_a_preset()}", flag_values=flags)
+    absl_flags.DEFINE_string("config", None, f"preset: {a_preset()}", flag_values=flags)
     for name, kind, field in config_io.leaves(Config):
         doc = field.metadata["doc"]
         if field.metadata["choices"]:
@@ -115,9 +115,9 @@ def call_preset(name: str, function: str, kind: type[Made]) -> Made:
         path = PRESETS / f"{name}.py"
     if not path.is_file():
         guess = nearest(path.stem, presets(function))
-        raise InputError(f"--config={name}: no such preset{guess}; expected {_a_preset(function)}")
+        raise InputError(f"--config={name}: no such preset{guess}; expected {a_preset(function)}")
     if path.suffix != ".py":
-        raise InputError(f"--config={name}: expected {_a_preset(function)}")
+        raise InputError(f"--config={name}: expected {a_preset(function)}")
     spec = importlib.util.spec_from_file_location(f"preset_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -136,7 +136,8 @@ def call_preset(name: str, function: str, kind: type[Made]) -> Made:
         raise InputError(f"--config={name}: {error}") from None
 
 
-def _a_preset(function: str = "get_config") -> str:
+def a_preset(function: str = "get_config") -> str:
+    """What `--config` expects, in words."""
     return f"a Python file with {function}(), or one of {', '.join(presets(function))}"
 
 
@@ -159,7 +160,7 @@ def load_config(flags: absl_flags.FlagValues, workdir: str = "") -> Config:
     elif workdir and saved.exists():
         config = config_io.from_json(Config, saved)
     else:
-        raise InputError(f"--config is missing: expected {_a_preset()}")
+        raise InputError(f"--config is missing: expected {a_preset()}")
     return config_io.replace(config, changes(flags))
 
 
@@ -170,7 +171,7 @@ def default_workdir(flags: absl_flags.FlagValues) -> str:
       InputError: there is no preset to name it after.
     """
     if flags.config is None:
-        raise InputError(f"--config is missing: expected {_a_preset()}")
+        raise InputError(f"--config is missing: expected {a_preset()}")
     return os.path.join("runs", pathlib.Path(flags.config).stem)
 
 

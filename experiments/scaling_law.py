@@ -1,7 +1,8 @@
-"""The parallel scaling law L = (A / (N (k ln P + 1)))^alpha + E: fitting, drawing, predicting.
+"""The parallel scaling law L = (A / (N (k ln P + 1)))^alpha + E: runs, fits, figures, predictions.
 
+    python -m experiments.scaling_law sweep --config=experiments/configs/law_cpu.py --workdir=law
     python -m experiments.scaling_law fit --data=published --figure=law.png
-    python -m experiments.scaling_law plot --data=runs.csv --figure=law.svg
+    python -m experiments.scaling_law plot --data=law/runs.csv --figure=law.svg
     python -m experiments.scaling_law predict --params=1.6e9 --streams=8 --target=1.02
 
 N counts parameters without embeddings, P streams; losses are in nats per token.
@@ -9,6 +10,7 @@ N counts parameters without embeddings, P streams; losses are in nats per token.
 
 import json
 import math
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -43,6 +45,71 @@ flags.DEFINE_list("law", None, "E,A,alpha,k of a law to take in place of data", 
 flags.DEFINE_float("params", None, "N, parameters without embeddings", flag_values=PREDICT)
 flags.DEFINE_integer("streams", 1, "P, number of streams", flag_values=PREDICT)
 flags.DEFINE_float("target", None, "loss to be reached", flag_values=PREDICT)
+
+SWEEP = program.new_flags()
+flags.DEFINE_string(
+    "config", None, "a Python file with get_sweep(), or the name of one of ours",
+    flag_values=SWEEP,
+)  # fmt: skip
+flags.DEFINE_string(
+    "workdir", "", "folder of the sweep; default: runs/<name of the file>", flag_values=SWEEP
+)
+flags.DEFINE_string(
+    "only", "*", "do only the runs with such names, and what they begin from", flag_values=SWEEP
+)
+flags.DEFINE_integer(
+    "devices", None, "spread the runs over so many devices; default: all there are, 1 on a CPU",
+    flag_values=SWEEP,
+)  # fmt: skip
+
+
+def sweep(options: flags.FlagValues) -> int | None:
+    """Trains every run of a grid that is not finished, and writes one table, <workdir>/runs.csv.
+
+    The same command again goes on: finished runs are not repeated, begun ones go on from their last
+    checkpoint. Ctrl-C and SIGTERM save first. A run's own progress is in <workdir>/<run>/log.txt.
+    """
+    from parscale.sweep import TABLE, Sweep
+
+    if options.config is None:
+        raise InputError(f"--config is missing: expected {program.a_preset('get_sweep')}")
+    workdir = options.workdir or program.default_workdir(options)
+    grid = program.call_preset(options.config, "get_sweep", Sweep)
+    if options.devices is not None and options.devices < 1:
+        raise InputError(f"--devices={options.devices}: expected at least 1")
+    import jax
+
+    from parscale import checkpoints, run
+    from parscale.sweep import run_sweep
+
+    # Runs that differ in their seed share one program: it is compiled once and then read.
+    jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "compiled"))
+    devices = jax.devices()[: options.devices]
+    if options.devices is not None and options.devices > len(devices):
+        raise InputError(
+            f"--devices={options.devices}: there are {len(devices)}"
+            + ("; JAX_NUM_CPU_DEVICES=<n> in the environment makes n of a CPU" * _on_cpu(devices))
+        )
+    with program.Interruption() as interruption:
+        try:
+            rows = run_sweep(
+                grid,
+                workdir,
+                devices,
+                only=options.only,
+                should_stop=lambda: interruption.requested is not None,
+                report=lambda line: print(line, flush=True),
+            )
+        except (run.DivergedError, checkpoints.SaveError, OSError) as error:
+            return program.fail(error)
+    print(f"{len(rows)} of {len(grid.points)} runs in {Path(workdir) / TABLE}")
+    if interruption.requested:
+        print("interrupted and saved; the same command goes on from here", file=sys.stderr)
+    return interruption.exit_code
+
+
+def _on_cpu(devices: list) -> bool:
+    return devices[0].platform == "cpu"
 
 
 def fit(options: flags.FlagValues) -> None:
@@ -193,7 +260,12 @@ def _check_writable(path: str) -> None:
         raise InputError(f"--json={path}: {error.strerror}") from None
 
 
-COMMANDS = {"fit": (fit, FIT), "plot": (plot, PLOT), "predict": (predict, PREDICT)}
+COMMANDS = {
+    "sweep": (sweep, SWEEP),
+    "fit": (fit, FIT),
+    "plot": (plot, PLOT),
+    "predict": (predict, PREDICT),
+}
 
 if __name__ == "__main__":
     program.run_commands(COMMANDS, __doc__)

@@ -9,6 +9,7 @@ its point, which is a workdir like any other.
 
 import csv
 import dataclasses
+import fnmatch
 import itertools
 import json
 import os
@@ -74,6 +75,21 @@ class Sweep:
                     f"run {point.name} begins after {point.after!r}, which is no earlier run"
                 )
 
+    def only(self, pattern: str) -> list[Point]:
+        """The runs whose names match a pattern such as `s0-*`, and those that they begin after.
+
+        Raises:
+          InputError: none does.
+        """
+        wanted = {point.name for point in self.points if fnmatch.fnmatchcase(point.name, pattern)}
+        if not wanted:
+            names = ", ".join(point.name for point in self.points[:3])
+            raise InputError(f"no run of the sweep is named {pattern!r}; they are {names}, ...")
+        for point in reversed(self.points):
+            if point.name in wanted and point.after:
+                wanted.add(point.after)
+        return [point for point in self.points if point.name in wanted]
+
     def config(self, point: Point, folder: Path) -> Config:
         """The whole configuration of a run of the sweep in `folder`.
 
@@ -115,6 +131,7 @@ def run_sweep(
     folder: str | Path,
     devices: Sequence[jax.Device],
     *,
+    only: str = "*",
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
@@ -127,6 +144,7 @@ def run_sweep(
       sweep: the runs.
       folder: holds the table and a workdir for each run.
       devices: a thread for each takes the next run that can begin.
+      only: pattern of the names of the runs to train.
       should_stop: asked after every step; runs then save and end early.
       report: takes the lines that tell what was done, and how long the rest will take.
 
@@ -134,7 +152,8 @@ def run_sweep(
       the rows of the table, in the sweep's order; fewer than runs if it was stopped early.
 
     Raises:
-      InputError: a run's configuration, or what is in its folder, does not fit.
+      InputError: a run's configuration, or what is in its folder, does not fit; or `only` names
+        no run.
       DivergedError, SaveError: what a run raised; the others were saved.
     """
     folder = Path(folder)
@@ -145,7 +164,8 @@ def run_sweep(
         result = finished(config, folder / name)
         if result is not None:
             rows[name] = row(name, config, result)
-    work = _Work(sweep, configs, folder, rows, should_stop, report)
+    waiting = [point for point in sweep.only(only) if point.name not in rows]
+    work = _Work(waiting, configs, folder, rows, should_stop, report)
     if rows:
         report(f"{len(rows)} of {len(configs)} runs were finished before")
     threads = [threading.Thread(target=work.take_turns, args=[device]) for device in devices]
@@ -180,15 +200,15 @@ def finished(config: Config, folder: Path) -> dict[str, Any] | None:
 class _Work:
     """What the threads of a sweep share."""
 
-    def __init__(self, sweep, configs, folder, rows, should_stop, report):
+    def __init__(self, waiting, configs, folder, rows, should_stop, report):
         self.configs, self.folder, self.rows = configs, folder, rows
         self.report, self._should_stop = report, should_stop
         self.error: Exception | None = None
-        self._waiting = [point for point in sweep.points if point.name not in rows]
+        self._waiting = waiting
         self._changed = threading.Condition()
         self._commit = commit()
         self._start = time.monotonic()
-        self._cost = {name: run_cost(config) for name, config in configs.items()}
+        self._cost = {point.name: run_cost(configs[point.name]) for point in waiting}
         self._done_cost = 0.0
 
     def stopped(self) -> bool:

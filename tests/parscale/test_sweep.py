@@ -95,6 +95,8 @@ def test_a_stopped_sweep_goes_on_and_ends_as_if_never_stopped(base, tmp_path):
     )  # fmt: skip
     assert 0 < len(parts) < len(points)
     assert [row["run"] for row in read(tmp_path / "parts")] == [row["run"] for row in parts]
+    with pytest.raises(InputError, match="no run of the sweep is named 'P3-"):
+        run_sweep(grid, tmp_path / "parts", jax.devices()[:1], only="P3-*")
     lines = []
     again = run_sweep(grid, tmp_path / "parts", jax.devices()[:2], report=lines.append)
     assert lines[0] == f"{len(parts)} of 4 runs were finished before"
