@@ -118,8 +118,11 @@ def fit(options: flags.FlagValues) -> None:
     The data are the paper's 48 losses, or a CSV file with a row for each run. Where it has a column
     `seed`, the spread over seeds and the paired effect of P are printed too.
     """
-    if options.bootstrap < 100:
-        raise InputError(f"--bootstrap={options.bootstrap}: expected at least 100 draws")
+    if options.bootstrap < 40:
+        raise InputError(
+            f"--bootstrap={options.bootstrap}: expected at least 40, so that one draw in 40 may lie "
+            "beyond either end of a 95 % interval"
+        )
     from parscale import law_figures, law_study, scaling_law
 
     data = _read(options.data)
@@ -182,6 +185,10 @@ def predict(options: flags.FlagValues) -> None:
     if options.target is not None and options.target <= min(law.E for law in laws.values()):
         next(iter(laws.values())).params_for(options.target, 1)  # says why it cannot
     for corpus, law in laws.items():
+        k, most = law.shape[0], max(options.streams, *STREAMS)
+        if k * math.log(most) <= -1:
+            raise InputError(f"{corpus}: k = {k:.4g} gives no k ln P + 1 above 0 at P = {most}")
+    for corpus, law in laws.items():
         values = (f"{n} {x:.4g}" for n, x in zip(law.form.names, law.values, strict=True))
         print(f"{corpus}: {', '.join(values)}")
         if options.params is not None:
@@ -225,6 +232,7 @@ def _read(data: str) -> dict:
 def _laws(options: flags.FlagValues) -> dict:
     """The laws that `predict` takes, by corpus."""
     from parscale import scaling_law
+    from parscale.law_forms import Law
 
     if options.law is not None:
         text = ",".join(options.law)
@@ -232,10 +240,9 @@ def _laws(options: flags.FlagValues) -> dict:
             E, A, alpha, k = map(float, options.law)
         except ValueError:
             raise InputError(f"--law={text}: expected four numbers E,A,alpha,k") from None
-        law = scaling_law.Law(E, A, alpha, (k,))
-        enough = min(E, A, alpha) > 0 and all(map(math.isfinite, law.values))
-        if not enough or k * math.log(max(options.streams, *STREAMS)) <= -1:
-            raise InputError(f"--law={text}: expected E, A, alpha above 0 and k ln P above -1")
+        law = Law(E, A, alpha, (k,))
+        if min(E, A, alpha) <= 0 or not all(map(math.isfinite, law.values)):
+            raise InputError(f"--law={text}: expected numbers, E, A and alpha above 0")
         return {"given": law}
     data = _read(options.data)
     if options.corpus and options.corpus not in data:

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from parscale.law_forms import Law
 from parscale.law_points import Cell, Points, cells, sizes
-from parscale.scaling_law import Law
 from sharding.settings import InputError
 
 SUFFIXES = (".png", ".svg")

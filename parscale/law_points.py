@@ -80,6 +80,12 @@ def read_points(path: str | Path) -> dict[str, Points]:
             _check_header(path, reader.fieldnames)
             for row in reader:
                 where = f"{path} line {reader.line_num}"
+                if None in row:
+                    width = len(reader.fieldnames)
+                    raise InputError(
+                        f"{where}: {width + len(row[None])} cells; expected {width}, as in the "
+                        "header"
+                    )
                 corpus = (row["corpus"] or "").strip()
                 if not corpus:
                     raise InputError(f"{where}: corpus is empty; expected its name")

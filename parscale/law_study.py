@@ -5,8 +5,9 @@ from typing import Any
 
 from parscale import law_points, scaling_law
 from parscale.law_figures import short
+from parscale.law_forms import LOG, RIVALS, Law, free_form
 from parscale.law_points import Points
-from parscale.scaling_law import Law, LeftOut
+from parscale.scaling_law import LeftOut
 
 
 def study(
@@ -25,11 +26,11 @@ def study(
     Raises:
       InputError: the points are too few.
     """
-    rivals = {form.name: scaling_law.fit(points, form) for form in scaling_law.RIVALS}
-    ours = rivals[scaling_law.LOG.name]
+    rivals = {form.name: scaling_law.fit(points, form) for form in RIVALS}
+    ours = rivals[LOG.name]
     streams = sorted(set(points.streams.tolist()) - {1})
     samples = scaling_law.bootstrap(points, ours.law, draws)
-    free = scaling_law.fit(points, scaling_law.free_form(points.streams))
+    free = scaling_law.fit(points, free_form(points.streams))
     free_samples = scaling_law.bootstrap(points, free.law, draws)
     multipliers = {}
     for name, law, drawn in (("law", ours.law, samples), ("free", free.law, free_samples)):
@@ -37,7 +38,7 @@ def study(
         multipliers[name] = _with_intervals(streams, law.multiplier(streams), spread)
     theirs = None
     if published:
-        law = scaling_law.Law(*published[:3], (published[3],))
+        law = Law(*published[:3], (published[3],))
         theirs = {
             "parameters": dict(zip(law.form.names, published[:4], strict=True)),
             "r2": published[4],
