@@ -4,11 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +22,7 @@ from parscale.config import Config
 from parscale.loss import perplexity
 from parscale.metrics import MetricsWriter
 from parscale.progress import Progress, format_seconds
+from parscale.provenance import provenance
 from parscale.quiet import quiet_late_writes
 from parscale.restart import Record
 from parscale.training import Training, TrainState
@@ -361,13 +360,7 @@ def finish(
         "examples_sha256": loop.record.examples,
         "corpus_sha256": text.corpus_hash,
         "tokenizer": text.tokenizer.fingerprint,
-        "device": f"{training.mesh.size} x {jax.devices()[0].device_kind}",
-        "host": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")
-        }
-        | {"python": platform.python_version()},
-    }
+    } | provenance(training.mesh)
     if jax.process_index() == 0:
         path = run / workdir.RESULT
         path.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")

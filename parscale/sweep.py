@@ -13,7 +13,6 @@ import fnmatch
 import itertools
 import json
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -206,7 +205,6 @@ class _Work:
         self.error: Exception | None = None
         self._waiting = waiting
         self._changed = threading.Condition()
-        self._commit = commit()
         self._start = time.monotonic()
         self._cost = {point.name: run_cost(configs[point.name]) for point in waiting}
         self._done_cost = 0.0
@@ -248,11 +246,6 @@ class _Work:
 
     def _finish(self, point: Point, config: Config, result: dict[str, Any]) -> None:
         with self._changed:
-            result["commit"] = self._commit
-            _replace(
-                workdir.run_folder(self.folder / point.name, config) / workdir.RESULT,
-                json.dumps(result, indent=1) + "\n",
-            )
             self.rows[point.name] = row(point.name, config, result)
             write_table(self.folder, self.configs, self.rows)
             self._done_cost += self._cost[point.name]
@@ -296,7 +289,7 @@ def row(name: str, config: Config, result: dict[str, Any]) -> dict[str, Any]:
         "aggregation": model.aggregation,
         "trainable": train.trainable,
         "begins_from": Path(train.init_from).name,
-        "commit": result.get("commit", ""),
+        "commit": result["commit"],
         "corpus_sha256": result["corpus_sha256"],
         "device": result["device"],
         "jax": result["versions"]["jax"],
@@ -318,24 +311,3 @@ def write_table(
         writer.writerows(ordered)
     os.replace(partial, folder / TABLE)
     return ordered
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def commit() -> str:
-    """Git commit of the code that runs, with `-changed` if files differ from it; "" without git."""
-    here = Path(__file__).parent
-    try:
-        head, status = (
-            subprocess.run(
-                ["git", *words], cwd=here, capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head + ("-changed" if status else "")
