@@ -120,8 +120,8 @@ def fit(options: flags.FlagValues) -> None:
     """
     if options.bootstrap < 40:
         raise InputError(
-            f"--bootstrap={options.bootstrap}: expected at least 40, so that one draw in 40 may lie "
-            "beyond either end of a 95 % interval"
+            f"--bootstrap={options.bootstrap}: expected at least 40, for 2.5 % of the draws "
+            "to lie beyond each end of an interval"
         )
     from parscale import law_figures, law_study, scaling_law
 
