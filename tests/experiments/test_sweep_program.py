@@ -1,16 +1,15 @@
 """The sweep command: a small grid whole, stopped by a signal, gone on with, and bad input."""
 
 import csv
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import runs
 
 from experiments import program, scaling_law
+
+pytestmark = pytest.mark.usefixtures("compiler")
 
 GRID = """
 from models.config import ModelConfig
@@ -35,7 +34,7 @@ def grid(tmp_path):
     texts = runs.write_texts(tmp_path / "texts")
     data = runs.DATA | {"corpus": str(texts)}
     path = tmp_path / "grid.py"
-    path.write_text(GRID.format(model=runs.MODEL, data=data, train=runs.TRAIN | {"steps": 40}))
+    path.write_text(GRID.format(model=runs.MODEL, data=data, train=runs.TRAIN | {"steps": 20}))
     return path
 
 
@@ -52,10 +51,8 @@ def names(folder) -> list[str]:
 
 def test_stopped_by_a_signal_and_gone_on_with(grid, tmp_path):
     folder = tmp_path / "sweep"
-    words = ["sweep", f"--config={grid}", f"--workdir={folder}", "--only=P1-*"]
-    command = [sys.executable, "-m", "experiments.scaling_law", *words]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    words = ["sweep", f"--config={grid}", f"--workdir={folder}", "--only=P1-*", "--devices=1"]
+    process = runs.start("scaling_law", *words, cache=tmp_path / "compiled")
     while not (folder / "P1-s0" / "metrics.csv").exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -64,19 +61,19 @@ def test_stopped_by_a_signal_and_gone_on_with(grid, tmp_path):
     # Where the signal came after the last step, the run is whole; the sweep still says 143.
     assert process.returncode == 143
     assert "the same command goes on from here" in errors
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "1 of 3 runs in" in done.stdout
+    process = runs.start("scaling_law", *words, cache=tmp_path / "compiled")
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "1 of 3 runs in" in out
     assert names(folder) == ["P1-s0"]
 
 
 def test_names_choose_runs_and_what_they_begin_from(grid, tmp_path, capsys):
     folder = tmp_path / "sweep"
     flags = f"--config={grid}", f"--workdir={folder}", "--devices=1"
-    with runs.compiler(tmp_path / "compiled"):
-        assert sweep(*flags, "--only=more") == 0
-        assert names(folder) == ["P1-s0", "more"]
-        assert sweep(*flags) == 0
+    assert sweep(*flags, "--only=more") == 0
+    assert names(folder) == ["P1-s0", "more"]
+    assert sweep(*flags) == 0
     out = capsys.readouterr().out
     assert "2 of 3 runs were finished before" in out
     assert "3 of 3 runs in" in out
