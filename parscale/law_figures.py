@@ -67,8 +67,9 @@ def law_figure(runs: Mapping[str, tuple[Points, Law | None]]) -> Figure:
     for (left, right), (corpus, (points, law)) in zip(rows, runs.items(), strict=True):
         _against_params(left, points, law)
         _against_streams(right, points, law)
+        several = any(cell.seeds > 1 for cell in cells(points))
         for axes in (left, right):
-            axes.set_title(corpus)
+            axes.set_title(f"{corpus}, bars: deviation over seeds" if several else corpus)
             axes.set_ylabel("loss, nats per token")
     return figure
 

@@ -161,7 +161,7 @@ def _describe_left_out(left_out) -> str:
         for row in left_out[by]:
             rows.append([f"{label} = {shown(row['value'])}"])
             if row["parameters"] is None:
-                rows[-1] += ["the rest is too little for a fit", *[""] * 5]
+                rows[-1] += [""] * 5 + ["the rest is too little for a fit"]
                 continue
             rows[-1] += [_digits(value) for value in row["parameters"].values()]
             rows[-1] += [f"{row['mean_error']:+.5f}", f"{row['largest_error']:+.5f}"]
