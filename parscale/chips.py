@@ -65,5 +65,5 @@ def find_chip(name: str) -> Chip:
         guess = nearest(name.lower(), known)
         for lower, chip in known.items():
             guess = guess.replace(f'"{lower}"', f'"{chip.name}"')
-        raise InputError(f"chip {name!r}: expected one of {', '.join(CHIPS)}{guess}")
+        raise InputError(f"chip={name}: expected one of {', '.join(CHIPS)}{guess}")
     return known[name.lower()]

@@ -23,6 +23,17 @@ def mean_totals(costs: Sequence[Cost]) -> Totals:
     return Totals(memory / len(costs), sum(cost.latency for cost in costs) / len(costs))
 
 
+def mixed_totals(
+    shares: Sequence[tuple[float, ModelConfig]], cost: Callable[[ModelConfig], Totals]
+) -> Totals:
+    """The weighted mean of the costs of several models."""
+    found = [(share, cost(model)) for share, model in shares]
+    return Totals(
+        sum(share * totals.memory for share, totals in found),
+        sum(share * totals.latency for share, totals in found),
+    )
+
+
 def increase_ratios(
     model: ModelConfig,
     larger: Sequence[tuple[float, ModelConfig]],
@@ -40,13 +51,10 @@ def increase_ratios(
     """
     plain = cost(dataclasses.replace(model, streams=1))
     streams = cost(model)
-    scaled = [(share, cost(shape)) for share, shape in larger]
-    means = [sum(share * totals[place] for share, totals in scaled) for place in range(2)]
+    scaled = mixed_totals(larger, cost)
     return Totals(
-        *(
-            (mean - before) / (after - before)
-            for mean, before, after in zip(means, plain, streams, strict=True)
-        )
+        (scaled.memory - plain.memory) / (streams.memory - plain.memory),
+        (scaled.latency - plain.latency) / (streams.latency - plain.latency),
     )
 
 

@@ -225,7 +225,7 @@ def test_parameters_of_equal_loss():
 
 def test_bad_input():
     calls = {
-        "chip 'h10': expected one of A100, .*did you mean \"H100\"": lambda: cost.find_chip("h10"),
+        'chip=h10: expected one of A100, .*did you mean "H100"': lambda: cost.find_chip("h10"),
         "batch=0: expected at least 1": lambda: decode_cost(SMALL, CHIPS["v4"], 0, 1, 1),
         "prompt=0": lambda: decode_cost(SMALL, CHIPS["v4"], 1, 0, 1),
         "output=-1": lambda: published_cost(SMALL, CHIPS["v4"], 1, 1, -1),
