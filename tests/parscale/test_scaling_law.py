@@ -246,7 +246,7 @@ def test_a_few_intervals_hold_the_truth():
 @pytest.mark.slow
 @pytest.mark.parametrize("noise", [2e-3, 1e-2])
 def test_intervals_hold_the_truth(noise):
-    assert covered(noise, 100, 300) >= 90
+    assert covered(noise, 100, 150) >= 90
 
 
 def test_bootstrap_is_seeded():
