@@ -261,7 +261,11 @@ def _regions(panels: dict[str, tuple], chip, output: int, figure: str) -> None:
 
 
 def measure(options: flags.FlagValues) -> None:
-    """Decoding measured on this machine for several P, and predicted for its measured rates."""
+    """Decoding measured on this machine for several P, and predicted for its measured rates.
+
+    XLA on CPU reads the weights of a product with one row several times as fast as with two or
+    more: at batch 1 there, the steps of P > 1 take longer beside that of P = 1 than predicted.
+    """
     model = _model(options, "tiny")
     if options.output < 2:
         raise InputError(f"--output={options.output}: expected at least 2 to measure a step")
