@@ -20,6 +20,7 @@ set before anything large is loaded.
 
 import glob
 import importlib.util
+import inspect
 import os
 import pathlib
 import re
@@ -184,7 +185,7 @@ def fail(error: Exception) -> int:
 def usage(flags: absl_flags.FlagValues, doc: str) -> str:
     """What `--help` prints: the program's text, its flags, then the fields of the configuration."""
     own = sorted((n for n in flags if not n.startswith("config.")), key=lambda n: n != "config")
-    lines = [doc.strip(), "", "Flags:"]
+    lines = [inspect.cleandoc(doc), "", "Flags:"]
     for name in own:
         lines += _flag_help(flags[name])
     lines.append(f"{'  --help':<41}this text")
@@ -275,6 +276,9 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
         code = 2
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:
+        _leave_closed_pipe()
+        code = 1
     except Exception:
         traceback.print_exc()
         code = 1
@@ -306,8 +310,13 @@ def run_commands(commands: Mapping[str, tuple[Main, absl_flags.FlagValues]], doc
 def _print_help(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # the reader, say `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _leave_closed_pipe()
+
+
+def _leave_closed_pipe() -> None:
+    """The reader, say `head`, has seen enough: what is still buffered goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Interruption:
