@@ -12,6 +12,7 @@ RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 RUN = "s0-D32-P2"
 
 
+@pytest.mark.slow
 def test_a_run_of_the_law_repeats(tmp_path):
     with (RESULTS / "law_cpu.csv").open(newline="") as file:
         claimed = next(row for row in csv.DictReader(file) if row["run"] == RUN)

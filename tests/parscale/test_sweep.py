@@ -85,13 +85,13 @@ def test_a_wrong_value_is_refused_before_anything_runs(base, tmp_path):
 
 
 def test_a_stopped_sweep_goes_on_and_ends_as_if_never_stopped(base, tmp_path):
-    points = product(values("model.streams", 1, 2, label="P"), SEEDS)
+    points = product(values("model.streams", 2, label="P"), SEEDS)
     grid = Sweep(base, points)
     whole = run_sweep(grid, tmp_path / "whole", jax.devices()[:1], report=lambda line: None)
     asked = iter(range(100))
     parts = run_sweep(
         grid, tmp_path / "parts", jax.devices()[:1],
-        should_stop=lambda: next(asked) > 10, report=lambda line: None,
+        should_stop=lambda: next(asked) > 6, report=lambda line: None,
     )  # fmt: skip
     assert 0 < len(parts) < len(points)
     assert [row["run"] for row in read(tmp_path / "parts")] == [row["run"] for row in parts]
@@ -99,8 +99,8 @@ def test_a_stopped_sweep_goes_on_and_ends_as_if_never_stopped(base, tmp_path):
         run_sweep(grid, tmp_path / "parts", jax.devices()[:1], only="P3-*")
     lines = []
     again = run_sweep(grid, tmp_path / "parts", jax.devices()[:2], report=lines.append)
-    assert lines[0] == f"{len(parts)} of 4 runs were finished before"
-    assert len(lines) == 1 + 4 - len(parts)
+    assert lines[0] == f"{len(parts)} of 2 runs were finished before"
+    assert len(lines) == 1 + len(points) - len(parts)
     table = read(tmp_path / "parts")
     assert [row["run"] for row in table] == [point.name for point in points]
     for row, same, point in zip(again, whole, points, strict=True):
@@ -108,7 +108,7 @@ def test_a_stopped_sweep_goes_on_and_ends_as_if_never_stopped(base, tmp_path):
         model = grid.config(point, tmp_path).model
         assert row["params"] == flops.parameter_counts(model)["non_embedding"]
         assert (row["streams"], row["seed"]) == (model.streams, point.fields["train.seed"])
-    assert len({row["loss"] for row in again}) == 4
+    assert len({row["loss"] for row in again}) == 2
 
     def trained(*_, **__):
         raise AssertionError("a finished run was trained again")
@@ -117,7 +117,7 @@ def test_a_stopped_sweep_goes_on_and_ends_as_if_never_stopped(base, tmp_path):
         patch.setattr(run, "train", trained)
         assert run_sweep(grid, tmp_path / "parts", jax.devices()[:1], report=lambda _: None)
     other = dataclasses.replace(base, data=dataclasses.replace(base.data, length=16))
-    with pytest.raises(InputError, match=r"P1-s0: .*data\.length: 32 in the workdir, 16 now"):
+    with pytest.raises(InputError, match=r"P2-s0: .*data\.length: 32 in the workdir, 16 now"):
         run_sweep(Sweep(other, points), tmp_path / "parts", jax.devices()[:1])
 
 
