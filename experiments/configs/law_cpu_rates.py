@@ -9,5 +9,7 @@ from parscale.sweep import Sweep, product, values
 
 
 def get_sweep() -> Sweep:
-    rates = values("train.learning_rate", 2e-3, 4e-3, 8e-3, 16e-3, 32e-3, label="r")
-    return Sweep(BASE, product(SIZES, rates, seeds(1)))
+    rates = values("train.learning_rate", 2e-3, 4e-3, 8e-3, 16e-3, label="r")
+    # The best of the smallest size was the highest of these.
+    more = values("train.learning_rate", 32e-3, label="r")
+    return Sweep(BASE, product(SIZES, rates, seeds(1)) + product(SIZES[:1], more, seeds(1)))
