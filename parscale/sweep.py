@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from parscale import config_io, flops, workdir
+from parscale import config_io, flops, run, workdir
 from parscale.config import Config
 from parscale.progress import format_seconds
 from sharding.settings import InputError
@@ -153,7 +153,8 @@ def run_sweep(
     Raises:
       InputError: a run's configuration, or what is in its folder, does not fit; or `only` names
         no run.
-      DivergedError, SaveError: what a run raised; the others were saved.
+      DivergedError: some runs diverged; all others are finished but those that begin from them.
+      SaveError: a run could not be saved; the others were, and stopped.
     """
     folder = Path(folder)
     workdir.check_writable(folder)
@@ -174,6 +175,8 @@ def run_sweep(
         thread.join()
     if work.error is not None:
         raise work.error
+    if work.diverged and not should_stop():
+        raise run.DivergedError("; ".join(f"run {n}: {e}" for n, e in work.diverged.items()))
     return write_table(folder, configs, rows)
 
 
@@ -183,15 +186,15 @@ def finished(config: Config, folder: Path) -> dict[str, Any] | None:
     Raises:
       InputError: the folder holds a run of another configuration.
     """
-    run = workdir.run_folder(folder, config)
-    if not (run / workdir.CONFIG).exists():
+    home = workdir.run_folder(folder, config)
+    if not (home / workdir.CONFIG).exists():
         return None
-    saved = config_io.from_json(Config, run / workdir.CONFIG)
+    saved = config_io.from_json(Config, home / workdir.CONFIG)
     try:
         config_io.check_resumable(saved, config, grow=False)
     except InputError as error:
-        raise InputError(f"{run}: {error}") from None
-    path = run / workdir.RESULT
+        raise InputError(f"{home}: {error}") from None
+    path = home / workdir.RESULT
     result = json.loads(path.read_text()) if path.exists() else None
     return result if result and result["steps"] == config.train.steps else None
 
@@ -203,6 +206,7 @@ class _Work:
         self.configs, self.folder, self.rows = configs, folder, rows
         self.report, self._should_stop = report, should_stop
         self.error: Exception | None = None
+        self.diverged: dict[str, str] = {}
         self._waiting = waiting
         self._changed = threading.Condition()
         self._start = time.monotonic()
@@ -214,8 +218,6 @@ class _Work:
 
     def take_turns(self, device: jax.Device) -> None:
         """Trains one waiting run after another until there is none."""
-        from parscale import run
-
         while (point := self._next()) is not None:
             config, folder = self.configs[point.name], self.folder / point.name
             try:
@@ -224,6 +226,9 @@ class _Work:
                     result = run.train(
                         config, folder, should_stop=self.stopped, devices=[device], log=log
                     )
+            except run.DivergedError as error:
+                self._diverge(point, str(error))
+                continue
             except Exception as error:
                 with self._changed:
                     self.error = self.error or type(error)(f"run {point.name}: {error}")
@@ -237,12 +242,22 @@ class _Work:
         """The next run whose predecessor is finished; waits for one; None at the end."""
         with self._changed:
             while self._waiting and not self.stopped():
-                for point in self._waiting:
+                for point in list(self._waiting):
+                    if point.after in self.diverged:
+                        self._waiting.remove(point)
+                        self.diverged[point.name] = f"not run, after {point.after}"
+                        continue
                     if not point.after or point.after in self.rows:
                         self._waiting.remove(point)
                         return point
                 self._changed.wait(timeout=0.5)
             return None
+
+    def _diverge(self, point: Point, reason: str) -> None:
+        with self._changed:
+            self.diverged[point.name] = reason
+            self.report(f"{point.name}: {reason}")
+            self._changed.notify_all()
 
     def _finish(self, point: Point, config: Config, result: dict[str, Any]) -> None:
         with self._changed:

@@ -40,11 +40,11 @@ def base(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def compile_once(monkeypatch):
-    """Runs of one model on one device share their compiled step."""
+    """Runs of one model, rate and device share their compiled step."""
     made = {}
 
     def training(config, mesh):
-        key = config.model, mesh
+        key = config.model, config.train.learning_rate, mesh
         made[key] = made.get(key) or Training(config, mesh)
         shared = copy.copy(made[key])
         shared.config = config
@@ -137,3 +137,13 @@ def test_a_failed_run_is_named_and_the_others_are_kept(base, tmp_path):
     with pytest.raises(InputError, match=r"run bad: .*no file is there"):
         run_sweep(Sweep(base, points), tmp_path / "s", jax.devices()[:1], report=lambda _: None)
     assert [row["run"] for row in read(tmp_path / "s")] == ["good"]
+
+
+def test_a_run_that_diverges_does_not_keep_the_others_from_running(base, tmp_path):
+    wild = {"train.learning_rate": 1e30, "train.max_bad_steps": 1}
+    points = [Point("wild", wild), Point("after", {}, after="wild"), Point("good", {})]
+    lines = []
+    with pytest.raises(run.DivergedError, match=r"run wild: .*; run after: not run, after wild"):
+        run_sweep(Sweep(base, points), tmp_path / "s", jax.devices()[:1], report=lines.append)
+    assert [row["run"] for row in read(tmp_path / "s")] == ["good"]
+    assert lines[0].startswith("wild: ")
