@@ -1,11 +1,32 @@
-"""The public attention op: checks its arguments and chooses the implementation."""
+"""The public attention op: checks its arguments and chooses the implementation.
 
+An implementation is a pair of functions over arrays with folded axes, q `[N, P, T, K, G, h]`, k and
+v `[N, P, S, K, h]`: N all leading axes but the last (P), and G query heads for each of K key/value
+heads. The mask's intervals are then `[N or 1, P or 1, R, 2, S]`.
+
+    forward(options, q, k, v, mask, prefix) -> (out, lse)
+    backward(options, q, k, v, mask, prefix, out, lse, dout, dlse) -> (dq, dk, dv, dprefix)
+
+`out` is like q; `lse` float32 `[N, P, T, K, G]`; a query that sees nothing has `out` zero and `lse`
+-inf. Gradients have the types of what they are gradients of; `dprefix` is None without a prefix.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels import dispatch
 from pallas_kernels.flash import oracle, xla
+from pallas_kernels.flash.options import Options
 from pallas_kernels.masks import Mask
 
-IMPLEMENTATIONS = {"xla": xla.attention, "oracle": oracle.attention}
+FORWARD = {"xla": xla.forward}
+BACKWARD = {"xla": xla.backward}
 
 
 def attention(
@@ -34,26 +55,81 @@ def attention(
       scale: of the scores; h ** -0.5 by default.
       soft_cap: c, to replace each score s by c tanh(s / c).
       return_lse: also return the log-sum-exp of each query's scores.
-      implementation: "xla" (the tiled form, also the default) or "oracle".
+      implementation: "xla" (in tiles, on any platform), "pallas_tpu", "pallas_gpu" (Hopper), or
+        "oracle" (every score in memory); None: the best of the platform.
 
     Returns:
       the output in q's dtype; with `return_lse` a pair of it and float32 `[..., T, H]`.
 
     Raises:
-      ValueError: an unknown implementation, or shapes that do not fit together.
+      ValueError: an unknown implementation or one that cannot run here, or arguments that do not
+        fit together.
     """
     _check(q, k, v, mask, prefix)
-    name = "xla" if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation={name!r}: attention has these implementations: {known}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = IMPLEMENTATIONS[name](q, k, v, mask, prefix, scale, soft_cap)
+    options = Options(q.shape[-1] ** -0.5 if scale is None else float(scale), soft_cap)
+    lead, (T, H, h), (S, K, _) = q.shape[:-3], q.shape[-3:], k.shape[-3:]
+    N, P = math.prod(lead[:-1]), math.prod(lead[-1:])
+    arrays = (
+        q.reshape(N, P, T, K, H // K, h),
+        k.reshape(N, P, S, K, h),
+        v.reshape(N, P, S, K, h),
+        dataclasses.replace(mask, intervals=_fold_lead(mask.intervals, lead)),
+        prefix,
+    )
+    dispatch.check(implementation, ("oracle", *FORWARD))
+    if implementation == "oracle":
+        out, lse = oracle.attention(options, *arrays)
+    elif implementation in (None, "xla") and T < xla.TILED_FROM:
+        out, lse = xla.plain(options, *arrays)
+    else:
+        out, lse = _attention((implementation, options), *arrays)
+    out, lse = out.reshape(q.shape), lse.reshape(q.shape[:-1])
     return (out, lse) if return_lse else out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static, *arrays):
+    return _forward(static, *arrays)[0]
+
+
+def _forward(static, *arrays):
+    implementation, options = static
+    functions = {name: functools.partial(f, options) for name, f in FORWARD.items()}
+    out, lse = dispatch.choose(implementation, functions)(*arrays)
+    return (out, lse), (*arrays, out, lse)
+
+
+def _backward(static, saved, cotangents):
+    implementation, options = static
+    functions = {name: functools.partial(f, options) for name, f in BACKWARD.items()}
+    dq, dk, dv, dprefix = dispatch.choose(implementation, functions)(*saved, *cotangents)
+    return dq, dk, dv, None, dprefix
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _fold_lead(intervals, lead):
+    """Intervals `[..., R, 2, S]` as `[N, P, R, 2, S]`, where both of N and P may be 1."""
+    if intervals is None:
+        return None
+    intervals = jnp.asarray(intervals, jnp.int32)
+    *axes, R, two, S = intervals.shape
+    axes = axes + [1] * (len(lead) - len(axes))
+    last = axes[-1] if axes else 1
+    rows = 1
+    if any(n > 1 for n in axes[:-1]):
+        rows = math.prod(lead[:-1])
+        intervals = jnp.broadcast_to(
+            intervals.reshape(*axes, R, two, S), (*lead[:-1], last, R, two, S)
+        )
+    return intervals.reshape(rows, last, R, two, S)
 
 
 def _check(q, k, v, mask, prefix):
     """Raises ValueError, with the shapes, for arguments that do not fit together."""
+    if q.ndim < 3 or k.ndim < 3:
+        raise ValueError(f"q {q.shape}, k {k.shape}: expected at least the axes [T, H, h]")
     lead, (T, H, h) = q.shape[:-3], q.shape[-3:]
     S, K = k.shape[-3:-1]
     if k.shape != v.shape or k.shape != (*lead, S, K, h):
@@ -63,16 +139,7 @@ def _check(q, k, v, mask, prefix):
         )
     if H % K:
         raise ValueError(f"{H} query heads: expected a multiple of the {K} key/value heads")
-    if mask.causal and S != T:
-        raise ValueError(f"a causal mask of {T} queries and {S} keys: expected as many of both")
-    if mask.intervals is not None:
-        *axes, _, pair, keys = mask.intervals.shape
-        fits = all(n in (1, size) for n, size in zip(axes, lead, strict=False))
-        if pair != 2 or keys != S or len(axes) > len(lead) or not fits:
-            raise ValueError(
-                f"mask intervals {mask.intervals.shape}: expected [..., R, 2, {S}] with leading "
-                f"axes that broadcast, from the left, to {lead}"
-            )
+    _check_mask(mask, lead, T, S)
     if prefix is not None:
         shapes = [part.shape for part in prefix]
         expected = (*lead[-1:], K, shapes[0][-2], h)
@@ -80,4 +147,29 @@ def _check(q, k, v, mask, prefix):
             raise ValueError(
                 f"prefix of shapes {shapes} for q {q.shape}: expected two of [P, K, M, h], "
                 f"P the last leading axis of q, with K={K} and h={h}"
+            )
+
+
+def _check_mask(mask, lead, T, S):
+    if mask.queries not in (None, T):
+        raise ValueError(f"mask made for {mask.queries} queries, q has {T}")
+    if mask.causal and S != T:
+        raise ValueError(f"a causal mask of {T} queries and {S} keys: expected as many of both")
+    if mask.dilation < 1:
+        raise ValueError(f"mask of dilation {mask.dilation}: expected at least 1")
+    if mask.intervals is None:
+        return
+    *axes, _, pair, keys = mask.intervals.shape
+    fits = all(n in (1, size) for n, size in zip(axes, lead, strict=False))
+    if pair != 2 or keys != S or len(axes) > len(lead) or not fits:
+        raise ValueError(
+            f"mask intervals {mask.intervals.shape}: expected [..., R, 2, {S}] with leading "
+            f"axes that broadcast, from the left, to {lead}"
+        )
+    if not isinstance(mask.intervals, jax.core.Tracer):
+        ends = np.asarray(mask.intervals)
+        if ends.size and (ends.min() < 0 or ends.max() > T):
+            raise ValueError(
+                f"mask intervals from {ends.min()} to {ends.max()}: expected 0 to {T}, the "
+                "number of queries"
             )
