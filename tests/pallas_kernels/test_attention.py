@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mask_examples import all_masks, documents, same_shape
 
 from pallas_kernels import attention, masks
 
@@ -25,14 +26,6 @@ def inputs(T, S=None, heads=4, kv_heads=2, head_dim=16, prefix=True, dtype=jnp.f
     v = jax.random.normal(keys[2], (B, P, S, kv_heads, head_dim), dtype)
     slots = [jax.random.normal(key, (P, kv_heads, M, head_dim), dtype) for key in keys[3:]]
     return q, k, v, tuple(slots) if prefix else None
-
-
-def documents(T, seed=0):
-    """Rows of documents of random lengths, with padding at the end of the first."""
-    borders = np.random.default_rng(seed).random((B, T)) < 0.05
-    ids = np.cumsum(borders, 1) + 1
-    ids[0, -(T // 6 + 1) :] = 0
-    return jnp.asarray(ids)
 
 
 def ratio(got, expected):
@@ -63,11 +56,11 @@ def run(implementation, mask, soft_cap, arrays):
     return (out, lse), pull(cotangents)
 
 
+jitted = jax.jit(run, static_argnums=(0, 2))
+
+
 def compare(mask, arrays, soft_cap=None, forward=1e-6, gradient=1e-5):
-    got, expected = (
-        jax.jit(run, static_argnums=(0, 2))(name, mask, soft_cap, arrays)
-        for name in ("xla", "oracle")
-    )
+    got, expected = (jitted(name, mask, soft_cap, arrays) for name in ("xla", "oracle"))
     for tolerance, results in ((forward, 0), (gradient, 1)):
         pairs = zip(jax.tree.leaves(got[results]), jax.tree.leaves(expected[results]), strict=True)
         for one, other in pairs:
@@ -79,7 +72,7 @@ def compare(mask, arrays, soft_cap=None, forward=1e-6, gradient=1e-5):
 def test_oracle_is_the_definition(soft_cap):
     T, heads, kv_heads = 7, 4, 2
     q, k, v, prefix = inputs(T, heads=heads, kv_heads=kv_heads)
-    ids = documents(T)
+    ids = documents(B, T)
     out, lse = attention(
         q, k, v, masks.packed(ids), prefix=prefix, soft_cap=soft_cap, return_lse=True,
         implementation="oracle",
@@ -108,10 +101,40 @@ def test_oracle_is_the_definition(soft_cap):
 def test_lengths_and_masks(T, kind):
     mask = {
         "causal": masks.causal(),
-        "packed": masks.packed(documents(T)),
+        "packed": masks.packed(documents(B, T)),
         "full": masks.full(),
     }[kind]
     compare(mask, inputs(T, prefix=kind != "full"))
+
+
+def test_every_mask_and_one_compilation_for_all():
+    """Masks of one shape differ in data alone: all but the dilated one share a compiled program."""
+    T = 200
+    arrays = inputs(T)
+    jitted.clear_cache()
+    for name, mask in all_masks(B, T).items():
+        try:
+            compare(same_shape(mask, B, T, runs=6), arrays)
+        except AssertionError as error:
+            raise AssertionError(f"mask {name}") from error
+    assert jitted._cache_size() == 2 * 2
+
+
+def test_masks_of_streams_may_differ():
+    intervals = jnp.stack([masks.packed(documents(B, 150, seed)).intervals for seed in range(P)], 1)
+    compare(masks.Mask(intervals, causal=True), inputs(150))
+
+
+def test_what_is_in_hidden_blocks_does_not_matter():
+    """Whole blocks of keys that nobody sees hold NaN: outputs and gradients are as without them."""
+    T = 320
+    q, k, v, prefix = inputs(T)
+    ids = jnp.where(jnp.arange(T) < 128, 1, jnp.where(jnp.arange(T) < 256, 0, 2))
+    hidden = (ids == 0)[:, None, None]
+    poisoned = q, jnp.where(hidden, jnp.nan, k), jnp.where(hidden, jnp.nan, v), prefix
+    outputs = [run("xla", masks.packed(ids), None, x) for x in ((q, k, v, prefix), poisoned)]
+    for one, other in zip(*map(jax.tree.leaves, outputs), strict=True):
+        assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("heads", [2, 16])
@@ -126,7 +149,7 @@ def test_head_widths_of_the_paper(head_dim):
 
 @pytest.mark.parametrize("T", [40, 140])
 def test_soft_cap(T):
-    compare(masks.packed(documents(T)), inputs(T), soft_cap=2.0)
+    compare(masks.packed(documents(B, T)), inputs(T), soft_cap=2.0)
 
 
 @pytest.mark.parametrize(("T", "S"), [(3, 50), (128, 200), (200, 130)])
@@ -139,7 +162,7 @@ def test_as_many_keys_as_the_cache_has_slots(T, S):
 def test_rows_that_see_nothing(T):
     """Zero output, log-sum-exp -inf, zero and finite gradients, though what is hidden is huge."""
     q, k, v, _ = inputs(T)
-    ids = documents(T)
+    ids = documents(B, T)
     hidden = (ids == 0)[:, None, :, None, None]
     k, v = jnp.where(hidden, 1e18, k), jnp.where(hidden, 1e18, v)
 
@@ -177,16 +200,17 @@ def test_causality_by_gradient():
 
 
 def test_no_array_of_all_scores_in_long_sequences():
-    """Compiled only: temporary memory stays far below one float32 [T, T] array a head."""
-    T = 16384
+    """Compiled only: temporary memory stays far below one array [T, T] of single bits."""
+    T = 32768
     shape = lambda heads: jax.ShapeDtypeStruct((1, 1, T, heads, 16), jnp.float32)
 
-    def total(q, k, v):
-        return jnp.sum(attention(q, k, v, masks.causal()))
+    def total(q, k, v, ids):
+        return jnp.sum(attention(q, k, v, masks.packed(ids)))
 
-    compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(shape(2), shape(1), shape(1))
-    memory = compiled.compile().memory_analysis().temp_size_in_bytes
-    assert memory < T * T * 4 / 4
+    ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    compiled = gradient.lower(shape(2), shape(1), shape(1), ids).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < T * T / 16
 
 
 def test_unknown_implementation_is_refused():
