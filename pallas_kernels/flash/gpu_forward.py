@@ -1,7 +1,7 @@
 """The forward kernel: one program for each block of queries of a head.
 
-Two warpgroups hold 64 queries each and go through the blocks of keys that the mask leaves; a third
-one copies keys and values ahead of them, through a ring of slots in shared memory.
+Two warpgroups hold 64 queries each and go through the blocks of keys that the mask leaves, with
+the softmax of what they have seen so far; a third one copies keys and values ahead of them.
 """
 
 import math
@@ -12,65 +12,29 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash import gpu_keys
 from pallas_kernels.flash import gpu_tiles as tiles
-from pallas_kernels.flash.gpu_tiles import BLOCK, ROWS, WARPGROUPS, Keys, Static, Visits
+from pallas_kernels.flash.gpu_keys import Inputs, Static
+from pallas_kernels.flash.gpu_tiles import BLOCK, ROWS, WARPGROUPS
 from pallas_kernels.flash.options import Options
 
 
-def call(options: Options, static: Static, slots: int, q, keys: Keys, visits: Visits):
-    """Attention of arrays with padded axes.
-
-    Args:
-      slots: how many blocks of keys are in shared memory at a time.
-      q: `[N P, T, H, h]`, T a multiple of `BLOCK`.
-      visits: lists of the blocks of keys for blocks of `BLOCK` queries.
-
-    Returns:
-      the output, like q, and float32 log-sum-exp `[N P, H, T]`.
-    """
+def call(options: Options, static: Static, q, inputs: Inputs):
+    """Output, like q `[N P, T, H, h]`, and float32 log-sum-exp `[N P, H, T]`; axes padded."""
     NP, T, H, h = q.shape
-
-    def program(inputs, outs, memory):
-        b, head = lax.axis_index("batch"), lax.axis_index("head")
-        # The last blocks of queries see the most keys under a causal mask: they start first.
-        i = T // BLOCK - 1 - lax.axis_index("block")
-        ring = tiles.KeyRing(static, slots, inputs["keys"], inputs["visits"], memory, b, head, i)
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == WARPGROUPS)
-        def _copy():
-            plgpu.set_max_registers(24, action="decrease")
-            ring.fill(H)
-
-        @pl.when(warpgroup < WARPGROUPS)
-        def _compute():
-            plgpu.set_max_registers(240, action="increase")
-            first = i * BLOCK + warpgroup * ROWS
-            rows = pl.ds(first, ROWS)
-            mine, lse_mine = memory["q"].at[warpgroup], memory["lse"].at[warpgroup]
-            loaded = memory["q_ready"].at[warpgroup]
-            plgpu.copy_gmem_to_smem(inputs["q"].at[b, rows, head], mine, loaded)
-            plgpu.barrier_wait(loaded)
-            out, lse = attend(mine, ring, first)
-            mine[...] = out.astype(q.dtype)
-            lse_mine[...] = lse
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(mine, outs[0].at[b, rows, head])
-            plgpu.copy_smem_to_gmem(lse_mine, outs[1].at[b, head, rows])
-            plgpu.wait_smem_to_gmem(0)
 
     def attend(mine, ring, first):
         """Output and log-sum-exp of 64 queries."""
 
-        def step(step, carry):
+        def step(hide, step, carry):
             sums, total, top = carry
             ring.wait("k", step)
             raw = tiles.product(mine, ring.block("k", step))
             x, unit = tiles.scores(options, raw)
-            x = ring.hide(x, step, first)
+            x = hide(x, -jnp.inf, first)
             ring.release("k", step)
             new_top = jnp.maximum(top, jnp.max(x, 1) * unit)
-            # Where nothing was seen yet, exp2(-inf - 0) = 0.
+            # While nothing was seen, 0 makes exp2(-inf - 0) of all that would be NaN.
             base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
             p = jnp.exp2(x * unit - tiles.spread(base, x.shape, 0))
             shrink = jnp.exp2(top - base)
@@ -82,24 +46,54 @@ def call(options: Options, static: Static, slots: int, q, keys: Keys, visits: Vi
             return sums, total, new_top
 
         start = (
-            tiles.full((ROWS, h), 0.0, tiles.MATRIX),
-            tiles.full((ROWS,), 0.0, tiles.PER_ROW),
-            tiles.full((ROWS,), -jnp.inf, tiles.PER_ROW),
+            tiles.filled((ROWS, h), 0.0, tiles.MATRIX),
+            tiles.filled((ROWS,), 0.0, tiles.PER_ROW),
+            tiles.filled((ROWS,), -jnp.inf, tiles.PER_ROW),
         )
-        sums, total, top = lax.fori_loop(0, ring.steps, step, start)
+        sums, total, top = ring.loop(step, start)
         sees = total > 0.0
         total = jnp.where(sees, total, 1.0)
         lse = jnp.where(sees, top * math.log(2) + jnp.log(total), -jnp.inf)
         return sums * tiles.spread(1.0 / total, sums.shape, 0), lse
+
+    def program(operands, outs, memory):
+        b, head = lax.axis_index("batch"), lax.axis_index("head")
+        # The last blocks of queries see the most keys under a causal mask: they start first.
+        i = T // BLOCK - 1 - lax.axis_index("block")
+        q_ref, inputs = operands
+        ring = gpu_keys.Ring(static, inputs, memory, b, head, i)
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(24, action="decrease")
+            ring.fill()
+
+        @pl.when(warpgroup < WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(240, action="increase")
+            first = i * BLOCK + warpgroup * ROWS
+            rows = pl.ds(first, ROWS)
+            mine, loaded = memory["q"].at[warpgroup], memory["q_ready"].at[warpgroup]
+            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, head], mine, loaded)
+            plgpu.barrier_wait(loaded)
+            out, lse = attend(mine, ring, first)
+            mine[...] = out.astype(q.dtype)
+            lse_mine = memory["lse"].at[warpgroup]
+            lse_mine[...] = lse
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(mine, outs[0].at[b, rows, head])
+            plgpu.copy_smem_to_gmem(lse_mine, outs[1].at[b, head, rows])
+            plgpu.wait_smem_to_gmem(0)
 
     outs = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((NP, H, T), jnp.float32),
     ]
     scratch = {
-        "q": tiles.tile((WARPGROUPS, ROWS, h), q.dtype),
+        "q": tiles.shared((WARPGROUPS, ROWS, h), q.dtype),
         "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS),
-    } | tiles.key_ring_scratch(slots, keys, visits)
-    operands = {"q": q, "keys": keys, "visits": visits}
-    return tiles.grid_call(program, outs, scratch, (NP, H, T // BLOCK), operands)
+        **gpu_keys.scratch(static, inputs),
+    }
+    return tiles.run(program, outs, scratch, (NP, H, T // BLOCK), (q, inputs))
