@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from experiments import program, timing
 from experiments.workloads import Shape
 
-MEASURES = ("train", "decode", "attention")
+MEASURES = ("train", "decode", "attention", "masks")
 ALLOCATORS = ("tuned", "default")
 
 
@@ -21,6 +21,7 @@ class Row(NamedTuple):
       against: name of the row that it is compared with.
       tokens: how many it yields.
       flops: model operations it takes.
+      share: of the work of the row that it is compared with.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     against: str = ""
     tokens: int = 0
     flops: int = 0
+    share: float = 0.0
 
 
 class Table(NamedTuple):
@@ -48,7 +50,12 @@ def tables(shape: Shape, measures: list[str], peers: bool) -> list[Table]:
       measures: some of `MEASURES`.
       peers: whether PyTorch takes part.
     """
-    make = {"train": _train_table, "decode": _decode_table, "attention": _attention_table}
+    make = {
+        "train": _train_table,
+        "decode": _decode_table,
+        "attention": _attention_table,
+        "masks": _masks_table,
+    }
     return [make[name](shape, peers) for name in MEASURES if name in measures]
 
 
@@ -127,6 +134,28 @@ def _attention_table(shape: Shape, peers: bool) -> Table:
     return Table("causal attention", note, rows)
 
 
+def _masks_table(shape: Shape, peers: bool) -> Table:
+    """Of the XLA form; its own dense attention is the peer."""
+    del peers
+    from pallas_kernels.flash.xla_layout import BLOCK
+    from pallas_kernels.masks.blocks import live_fraction
+    from pallas_kernels.masks.examples import all_masks
+
+    length = shape.mask_length
+    call = "experiments.workloads:masked_attention"
+    rows = [
+        Row(name, call, {}, name, "full", share=live_fraction(mask, length, length, BLOCK))
+        for name, mask in all_masks(1, length).items()
+    ]
+    note = (
+        f"[1, {length}, {shape.heads} heads, {shape.kv_heads} KV, {shape.model(1).head_dim}] "
+        f"float32, forward and backward, beside our own attention without a mask. live: share of "
+        f"the blocks of {BLOCK} x {BLOCK} in which something is visible; per live: ratio of the "
+        "median times over it, 1 where a block costs what it costs without a mask."
+    )
+    return Table("attention under masks", note, rows)
+
+
 def measure(
     table: Table, shape: Shape, allocators: list[str], threads: int, options
 ) -> dict[str, Any]:
@@ -172,14 +201,21 @@ def describe(table: Table, measured: Mapping[str, Any], quiet: float) -> str:
     """The table as text."""
     width = max(map(len, measured)) + 2
     heads = ["min ms", "median ms", "min/peer", "median/peer", "tokens/s", "TFLOP/s", "others"]
+    has_share = any(row.share for row, _ in measured.values())
+    if has_share:
+        heads[4:6] = ["live", "per live"]
     lines = [table.title, f"{'':{width}}" + "".join(f"{head:>12}" for head in heads)]
     loud = False
     for name, (row, times) in measured.items():
         cells = [f"{times.least * 1e3:.1f}", f"{times.median * 1e3:.1f}"]
         peer = measured.get(row.against)
         cells += [f"{ratio:.2f}" for ratio in ratios(times, peer[1])] if peer else ["", ""]
-        cells.append(f"{row.tokens / times.median:,.0f}" if row.tokens else "")
-        cells.append(f"{row.flops / times.median / 1e12:.3f}" if row.flops else "")
+        if has_share:
+            ratio = ratios(times, peer[1])[1]
+            cells += [f"{row.share:.1%}", f"{ratio / row.share:.2f}"]
+        else:
+            cells.append(f"{row.tokens / times.median:,.0f}" if row.tokens else "")
+            cells.append(f"{row.flops / times.median / 1e12:.3f}" if row.flops else "")
         cells.append("?" if times.others is None else f"{times.others:.0%}")
         loud |= (times.others or 0) > quiet
         lines.append(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))

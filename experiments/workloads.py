@@ -32,6 +32,7 @@ class Shape:
     decode_rows: int = option(4, "prompts decoded at once")
     prompt: int = option(32, "tokens of a prompt")
     tokens: int = option(128, "new tokens of each prompt")
+    mask_length: int = option(8192, "queries and keys of the comparison of masks")
 
     def __post_init__(self):
         check_at_least(self, 1, *(field.name for field in dataclasses.fields(self)))
@@ -140,6 +141,29 @@ def _attention_runs(shape: Shape, op) -> Runs:
     import jax.numpy as jnp
 
     return _op_runs(op, [jnp.asarray(array) for array in qkv(shape)])
+
+
+def masked_attention(shape: dict) -> Runs:
+    """`pallas_kernels.attention` of a long row under every kind of mask, forward and backward."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import attention
+    from pallas_kernels.masks.examples import all_masks
+
+    shape = dataclasses.replace(Shape(**shape), rows=1)
+    shape = dataclasses.replace(shape, length=shape.mask_length)
+    arrays = [jnp.asarray(array) for array in qkv(shape)]
+
+    @jax.jit
+    def both(mask, *arrays):
+        y, back = jax.vjp(lambda q, k, v: attention(q, k, v, mask), *arrays)
+        return y, back(jnp.ones_like(y))
+
+    def run(mask):
+        return lambda: jax.block_until_ready(both(mask, *arrays))
+
+    return {name: run(mask) for name, mask in all_masks(1, shape.length).items()}
 
 
 def qkv(shape: Shape) -> list[np.ndarray]:

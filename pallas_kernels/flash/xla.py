@@ -87,13 +87,12 @@ def forward(options, q, k, v, mask, prefix):
 def _forward_chunk(options, mask, lists, edge, q, k, v, runs, prefix):
     """Output and log-sum-exp of some chains; q, k, v, runs and results are tuples over chains."""
     pairs, rows, h = q[0].shape[1:]
-    heads = rows // BLOCK
 
     def see(state, q, k, v, bias=None):
         top, total, out = state
         s = _cap(options, _dot(q, k, 2, 2))
         if bias is not None:
-            s = s + bias
+            s = (s.reshape(pairs, -1, BLOCK, BLOCK) + bias).reshape(s.shape)
         new_top = jnp.maximum(top, jnp.max(s, -1, initial=-jnp.inf))
         base = jnp.where(new_top > -jnp.inf, new_top, 0.0)
         p = jnp.exp(s - base[..., None])
@@ -116,7 +115,7 @@ def _forward_chunk(options, mask, lists, edge, q, k, v, runs, prefix):
         states = (state,) * len(q)
         if prefix is not None:
             states = tuple(map(see, states, q, *prefix))
-        biases = lambda j: _biases(mask, runs, edge, i, j, heads, len(q))
+        biases = lambda j: _biases(mask, runs, edge, i, j, rows // BLOCK, len(q))
         states = _over_keys(row, tile, biases, (None,) * len(q), states)
         return None, tuple(map(finish, *zip(*states, strict=True)))
 
@@ -245,11 +244,10 @@ def _biases(mask, runs, edge, i, j, heads, chains, *, transposed=False):
       runs: tuple, over chains or of one entry for all, of int32
         `[k_blocks, pairs or 1, R, 2, BLOCK]`; or None.
       edge: from `_edge_bias`.
-      heads: G, for which the mask is repeated.
       transposed: for scores `[keys, queries]`.
 
     Returns:
-      tuple over chains of float32 `[pairs or 1, heads * BLOCK, BLOCK]`.
+      tuple over chains of what `_bias` gives.
     """
     if edge is not None:
         return (edge,) * chains
@@ -263,11 +261,15 @@ def _biases(mask, runs, edge, i, j, heads, chains, *, transposed=False):
         if mask.causal:
             visible = visible & (s <= t)
         if mask.dilation > 1:
-            visible = visible & ((t - s) % mask.dilation == 0)
+            visible = visible & (t % mask.dilation == s % mask.dilation)
         return _bias(visible, heads, transposed)
 
     parts = (None,) if runs is None else runs
-    return tuple(map(of_runs, parts)) * (chains // len(parts))
+    make = lambda: tuple(map(of_runs, parts))
+    # The branch keeps XLA from fusing the mask into the softmax, where it would be computed for
+    # every pair and head, and slower than the softmax itself.
+    biases = lax.cond(i >= 0, make, lambda: jax.tree.map(jnp.zeros_like, make()))
+    return biases * (chains // len(parts))
 
 
 def _edge_bias(mask, keys, heads, *, transposed=False):
@@ -284,11 +286,17 @@ def _edge_bias(mask, keys, heads, *, transposed=False):
 
 
 def _bias(visible, heads, transposed):
-    """Bool `[pairs or 1, BLOCK queries, BLOCK keys]` as what is added to the scores."""
+    """What is added to the scores of a tile, `[pairs, G, queries, keys]` or `[pairs, keys, rows]`.
+
+    Args:
+      visible: bool `[pairs or 1, BLOCK queries, BLOCK keys]`.
+      heads: G; the transposed form repeats the mask for them, which is faster than to broadcast.
+
+    Returns:
+      float32 `[pairs or 1, 1, queries, keys]`, transposed `[pairs or 1, keys, G * queries]`.
+    """
     bias = jnp.where(visible, 0.0, -jnp.inf)
-    if transposed:
-        return jnp.tile(bias.swapaxes(1, 2), (1, 1, heads))
-    return jnp.tile(bias, (1, heads, 1))
+    return jnp.tile(bias.swapaxes(1, 2), (1, 1, heads)) if transposed else bias[:, None]
 
 
 def _at(x, j):

@@ -162,6 +162,6 @@ def decode(code: Int[Array, ""], columns: int) -> Tile:
     return Tile(flat // columns, flat % columns, (code & 4) != 0, (code & 8) != 0, code & 3)
 
 
-def live_fraction(mask: Mask, queries: int, keys: int, block: int = 128) -> Array:
+def live_fraction(mask: Mask, queries: int, keys: int, block: int = 128) -> float:
     """Share of the blocks of scores that are not EMPTY, over all leading axes of the mask."""
-    return np.mean(block_kinds(mask, queries, keys, block, block) != EMPTY)
+    return float(np.mean(np.asarray(block_kinds(mask, queries, keys, block, block)) != EMPTY))

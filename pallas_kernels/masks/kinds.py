@@ -193,7 +193,7 @@ def fork_join(forks: Int[Array, "*lead d T"], branches: Int[Array, "*lead d T"])
         in, 0 for none. Forks that follow each other have different numbers.
       branches: likewise, the branch of that fork.
     """
-    forks, branches = jnp.asarray(forks), jnp.asarray(branches)
+    forks, branches = jnp.asarray(forks, jnp.int32), jnp.asarray(branches, jnp.int32)
     depth, length = forks.shape[-2:]
     end = jnp.full_like(forks[..., 0, :], length)
     runs = []

@@ -5,15 +5,16 @@ rounding of a number is 2^-9 = 2e-3, and outputs, which are rounded once at the 
 products of the backward pass have inputs that were rounded before, and get 6e-3.
 """
 
+import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mask_examples import all_masks, documents, same_shape
 
 from pallas_kernels import attention, masks
+from pallas_kernels.masks.examples import all_masks, documents
 
 B, P, M = 2, 2, 5
 
@@ -105,6 +106,18 @@ def test_lengths_and_masks(T, kind):
         "full": masks.full(),
     }[kind]
     compare(mask, inputs(T, prefix=kind != "full"))
+
+
+def same_shape(mask, rows: int, length: int, runs: int):
+    """The same visibility, but as `runs` runs for each row and nothing static but the dilation."""
+    nothing = masks.Mask(jnp.zeros((rows, 1, 2, length), jnp.int32), queries=length)
+    plain = dataclasses.replace(mask, dilation=1, queries=length)
+    if mask.intervals is None and not mask.causal:
+        plain = masks.first_keys(length, length)
+    intervals = (plain | nothing).intervals
+    padding = [(0, 0)] * intervals.ndim
+    padding[-3] = (0, runs - intervals.shape[-3])
+    return masks.Mask(jnp.pad(intervals, padding), dilation=mask.dilation)
 
 
 def test_every_mask_and_one_compilation_for_all():

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgb
 
 from pallas_kernels import masks
-from pallas_kernels.masks import blocks
+from pallas_kernels.masks import blocks, picture
 
 T = 24
 DOCUMENTS = np.array([1] * 5 + [2] * 2 + [3] * 13 + [0] * 4)
@@ -275,6 +277,34 @@ def test_lists_are_made_inside_jit_without_a_large_array():
     assert lists._cache_size() == 1
     memory = lists.lower(ids[0]).compile().memory_analysis()
     assert memory.temp_size_in_bytes < length * length / 16
+
+
+def test_picture(tmp_path, capsys):
+    """The colours of the drawn square are those of the pairs, and the fraction is counted."""
+    length, window = 64, 10
+    path = tmp_path / "mask.png"
+    live = picture.draw(masks.sliding_window(length, window), length, length, path, block=16)
+    assert live == 7 / 16
+    assert capsys.readouterr().out == "43.8% of the blocks of 16 x 16 are live\n"
+    image = plt.imread(path)[..., :3]
+    dark, white = (
+        np.isclose(image, to_rgb(picture.COLORS[kind]), atol=0.01).all(-1) for kind in (2, 0)
+    )
+    rows, columns = np.nonzero(dark)
+    square = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+    share = dark[square].sum() / (dark[square].sum() + white[square].sum())
+    visible = np.mean(masks.dense(masks.sliding_window(length, window), length, length))
+    assert abs(share - visible) < 0.02
+
+
+def test_a_picture_of_a_long_mask_of_one_row(tmp_path):
+    mask = masks.packed(jnp.stack([jnp.ones(5000, int), jnp.arange(5000) // 100 + 1]))
+    fractions = [
+        picture.draw(mask, 5000, 5000, tmp_path / "mask.png", row=row, block=100) for row in (0, 1)
+    ]
+    assert fractions == [51 / 100, 1 / 50]
+    with pytest.raises(ValueError, match="row=2: expected 0 to 1"):
+        picture.draw(mask, 5000, 5000, tmp_path / "mask.png", row=2)
 
 
 def test_bad_input_is_refused():
