@@ -5,39 +5,109 @@ import math
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.flash import tpu_backward, tpu_forward
 from pallas_kernels.flash import tpu_common as common
-from pallas_kernels.flash import tpu_forward
+from pallas_kernels.flash.tpu_common import LANES, LOG2_E, Layout
 
-ROWS = 512  # of a tile of queries, all heads of a group together
-KEYS = 1024  # of a tile
-
-
-def block_sizes(T: int, S: int, G: int, rows: int = ROWS, keys: int = KEYS) -> tuple[int, int]:
-    """Query positions and keys of a tile: equal shares of the sequence in whole registers."""
-    unit = max(16, common.LANES // math.gcd(G, common.LANES))
-    target = max(rows // G, unit)
-    block_q = common.round_up(-(-T // -(-T // target)), unit)
-    block_k = common.round_up(-(-S // -(-S // keys)), common.LANES)
-    return block_q, block_k
+# Of a tile, by bytes of a number: rows (query positions of all heads of a group), and keys.
+FORWARD_TILES = {2: (1024, 1024), 4: (512, 512)}
+BACKWARD_TILES = {2: (512, 512), 4: (256, 512)}
+# The list of tiles lies in scalar memory, of which there is 1 MiB.
+LIST_BYTES = 3 * 2**18
 
 
 def forward(options, q, k, v, mask, prefix, blocks=None):
     """`blocks`: query positions and keys of a tile, for tests and measurements."""
-    T, G, S = q.shape[2], q.shape[4], k.shape[2]
-    block_q, block_k = blocks or block_sizes(T, S, G)
-    layout, kinds = common.make_layout(q, k, mask, prefix, block_q, block_k)
-    dtype = jnp.result_type(q, k, v)
-    arrays = (
-        common.fold_queries(layout, q.astype(dtype)),
-        common.fold_keys(layout, k.astype(dtype)),
-        common.fold_keys(layout, v.astype(dtype)),
-        common.fold_runs(layout, mask) if layout.R else None,
-        *(common.fold_prefix(layout, x, dtype) for x in prefix or ()),
-    )
-    if prefix is None:
-        arrays = (*arrays, None, None)
+    layout, kinds, arrays = _prepare(FORWARD_TILES, q, k, v, mask, prefix, blocks)
     out, lse = tpu_forward.forward(
         options, layout, common.visits(kinds), arrays, dispatch.interpret()
     )
     out = common.unfold_queries(layout, out).astype(q.dtype)
     return out, common.unfold_rows(layout, lse)
+
+
+def backward(options, q, k, v, mask, prefix, out, lse, dout, dlse, blocks=None):
+    """`blocks`: as for `forward`."""
+    layout, kinds, arrays = _prepare(BACKWARD_TILES, q, k, v, mask, prefix, blocks)
+    folded_q, folded_k, folded_v, runs, *folded_prefix = arrays
+    sees = lse > -jnp.inf
+    delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1) - dlse
+    delta = jnp.where(sees, delta, 0.0)
+    # Probabilities of a query that sees nothing, and of padding, are then zero.
+    lse = jnp.where(sees, lse * LOG2_E, -common.LOWEST)
+    shared = (
+        common.fold_queries(layout, dout.astype(folded_q.dtype)),
+        common.fold_rows(layout, lse, -common.LOWEST),
+        common.fold_rows(layout, delta, 0.0),
+        dispatch.interpret(),
+    )
+    dq = tpu_backward.query_gradients(options, layout, common.visits(kinds), arrays, *shared)
+    runs = None if runs is None else runs.swapaxes(1, 2)
+    dk, dv = tpu_backward.key_gradients(
+        options,
+        layout,
+        common.visits(kinds, by_keys=True),
+        (folded_q, folded_k, folded_v, runs),
+        *shared,
+    )
+    dprefix = None
+    if prefix is not None:
+        parts = tpu_backward.prefix_gradients(options, layout, (folded_q, *folded_prefix), *shared)
+        dprefix = tuple(
+            part[:, :, : layout.M].astype(x.dtype) for part, x in zip(parts, prefix, strict=True)
+        )
+    return (
+        common.unfold_queries(layout, dq).astype(q.dtype),
+        common.unfold_keys(layout, dk).astype(k.dtype),
+        common.unfold_keys(layout, dv).astype(v.dtype),
+        dprefix,
+    )
+
+
+def _prepare(tiles, q, k, v, mask, prefix, blocks) -> tuple[Layout, object, tuple]:
+    """The layout, the kinds of its tiles, and the folded arrays that all kernels read."""
+    dtype = jnp.result_type(q, k, v)
+    masks = 1 if mask.intervals is None else math.prod(mask.intervals.shape[:2])
+    most = tiles[dtype.itemsize]
+    sizes = blocks or block_sizes(most, q.shape[2], k.shape[2], q.shape[4], masks)
+    layout, kinds = common.make_layout(q, k, mask, prefix, *sizes)
+    return (
+        layout,
+        kinds,
+        (
+            common.fold_queries(layout, q.astype(dtype)),
+            common.fold_keys(layout, k.astype(dtype)),
+            common.fold_keys(layout, v.astype(dtype)),
+            common.fold_runs(layout, mask) if layout.R else None,
+            *(common.fold_prefix(layout, x, dtype) for x in prefix or ()),
+            *((None, None) if prefix is None else ()),
+        ),
+    )
+
+
+def block_sizes(most: tuple[int, int], T: int, S: int, G: int, masks: int = 1) -> tuple[int, int]:
+    """Query positions and keys of a tile: equal shares of the sequence, in whole registers.
+
+    Args:
+      most: rows and keys of a tile.
+      masks: how many lists of tiles there are.
+
+    Raises:
+      ValueError: so many masks of so many tiles that the lists do not fit in scalar memory.
+    """
+    rows, keys = most
+    unit = max(16, LANES // math.gcd(G, LANES))
+    block_q = _share(T, max(rows // G, unit), unit)
+    block_k = _share(S, keys, LANES)
+    tiles = masks * -(-T // block_q) * -(-S // block_k)
+    if 4 * tiles > LIST_BYTES:
+        raise ValueError(
+            f"{masks} masks of {tiles // masks} tiles each: expected at most {LIST_BYTES // 4} "
+            "tiles; fewer rows of a batch in one call, or one mask for all, have fewer"
+        )
+    return block_q, block_k
+
+
+def _share(length: int, most: int, unit: int) -> int:
+    """Size of the blocks, a multiple of `unit` near `most` at most, that cut `length` evenly."""
+    return common.round_up(-(-length // -(-length // most)), unit)

@@ -5,21 +5,24 @@ tile of keys serves them all: its row r is position r % block_q of head r // blo
 are powers of two, which the hardware has: scores are kept in units of ln 2.
 """
 
+import functools
 import math
+import operator
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.flash.options import Options
 from pallas_kernels.masks import Mask
-from pallas_kernels.masks.blocks import FULL, PARTIAL, Tile, block_kinds, tile_list
+from pallas_kernels.masks.blocks import EMPTY, FULL, PARTIAL, block_kinds, tile_list
 
 LANES = 128
-VMEM_LIMIT = 32 * 2**20
+VMEM_LIMIT = 15 * 2**20  # bytes; the least of any target is 16 MiB
 LOG2_E = math.log2(math.e)
 # Below every score, and finite: the difference to a masked score, -inf, is then no NaN.
 LOWEST = -1e30
@@ -59,6 +62,11 @@ class Layout(NamedTuple):
         return self.G * self.block_q
 
     @property
+    def slots(self) -> int:
+        """Of the prefix, padded."""
+        return round_up(self.M, LANES)
+
+    @property
     def q_blocks(self) -> int:
         return -(-self.T // self.block_q)
 
@@ -75,37 +83,100 @@ class Layout(NamedTuple):
         return lax.rem(b, self.P)
 
 
+class Visit(NamedTuple):
+    """A tile: its blocks, whether it begins or ends the work on one result, its kind."""
+
+    q_block: Array
+    k_block: Array
+    is_first: Array
+    is_last: Array
+    kind: Array
+
+
 class Visits(NamedTuple):
-    """Tiles that a grid axis visits: the codes of a `TileList`, all masks in one axis.
+    """The tiles that a grid axis visits.
 
     Attributes:
-      codes: int32 `[masks * length]`.
+      codes: int32 `[masks * length]`, of a `TileList` for each mask, one after the other.
       count: steps of the grid axis.
       length: codes of a mask.
-      columns: blocks in a row of the list, for `decode`.
+      columns: blocks in a row of the list.
+      by_keys: its rows are blocks of keys, its columns blocks of queries.
     """
 
     codes: Int[Array, " n"]
     count: int | Int[Array, ""]
     length: int
     columns: int
+    by_keys: bool
 
-    def tile(self, layout: Layout, codes, b, step) -> Tile:
-        """Entry `step` for sequence b; `codes`: a reference to the codes.
+    @property
+    def operands(self) -> tuple[Array, ...]:
+        """What the kernel is to have in scalar memory before it starts."""
+        return (self.codes,)
 
-        As `decode`, without `//`: its rounding for negative numbers asks for the default device.
+    def visit(self, layout: Layout, operands, b: Array, step: Array) -> Visit:
+        """Entry `step` for sequence b, from references to the operands.
+
+        As `masks.blocks.decode`, without `//`: its rounding of negative numbers asks jax for the
+        default device, which need not be the one compiled for.
         """
-        code = codes[layout.mask_row(b) * self.length + step]
+        code = operands[0][layout.mask_row(b) * self.length + step]
         flat = code >> 4
         row = lax.div(flat, self.columns)
         column = flat - row * self.columns
-        return Tile(row, column, (code & 4) != 0, (code & 8) != 0, code & 3)
+        q_block, k_block = (column, row) if self.by_keys else (row, column)
+        return Visit(q_block, k_block, (code & 4) != 0, (code & 8) != 0, code & 3)
 
 
-def visits(kinds: Int[Array, "*lead I J"]) -> Visits:
-    """The list of the blocks of `kinds`, by rows; pass the transpose for columns."""
-    codes, count = tile_list(kinds)
-    return Visits(jnp.asarray(codes).reshape(-1), count, codes.shape[-1], kinds.shape[-1])
+def visits(kinds: Int[Array, "*lead I J"], *, by_keys: bool = False) -> Visits:
+    """All tiles that are not EMPTY, those of one block of queries (or keys) after each other."""
+    listed = kinds.swapaxes(-1, -2) if by_keys else kinds
+    codes, count = tile_list(listed)
+    flat = jnp.asarray(codes).reshape(-1)
+    return Visits(flat, count, codes.shape[-1], listed.shape[-1], by_keys)
+
+
+class Specs(NamedTuple):
+    """The blocks of each kind of array that a step of the grid (sequences, K, visits) is given."""
+
+    queries: pl.BlockSpec
+    rows: pl.BlockSpec
+    keys: pl.BlockSpec
+    runs: pl.BlockSpec | None
+    prefix: pl.BlockSpec | None
+
+
+def specs(layout: Layout, visits: Visits) -> Specs:
+    L = layout
+
+    def visit(b, step, operands):
+        return visits.visit(L, operands, b, step)
+
+    queries = pl.BlockSpec(
+        (None, None, L.rows, L.h),
+        lambda b, head, step, *operands: (b, head, visit(b, step, operands).q_block, 0),
+    )
+    rows = pl.BlockSpec(
+        (None, None, None, 1, L.rows),
+        lambda b, head, step, *operands: (b, head, visit(b, step, operands).q_block, 0, 0),
+    )
+    keys = pl.BlockSpec(
+        (None, None, L.block_k, L.h),
+        lambda b, head, step, *operands: (b, head, visit(b, step, operands).k_block, 0),
+    )
+    runs = pl.BlockSpec(
+        (None, L.block_k, 2 * L.R) if visits.by_keys else (None, 2 * L.R, L.block_k),
+        lambda b, head, step, *operands: (
+            (L.mask_row(b), visit(b, step, operands).k_block, 0)
+            if visits.by_keys
+            else (L.mask_row(b), 0, visit(b, step, operands).k_block)
+        ),
+    )
+    prefix = pl.BlockSpec(
+        (None, None, L.slots, L.h), lambda b, head, step, *operands: (L.stream(b), head, 0, 0)
+    )
+    return Specs(queries, rows, keys, runs if L.R else None, prefix if L.M else None)
 
 
 def make_layout(
@@ -114,7 +185,7 @@ def make_layout(
     """The layout for arrays as in `pallas_kernels.flash.api`, and the kinds of the blocks."""
     (N, P, T, K, G, h), S = q.shape, k.shape[2]
     kinds = block_kinds(mask, T, S, block_q, block_k)
-    present = frozenset(np.unique(kinds).tolist()) if mask.intervals is None else {PARTIAL, FULL}
+    present = np.unique(kinds) if mask.intervals is None else (EMPTY, PARTIAL, FULL)
     layout = Layout(
         sequences=N * P,
         P=P,
@@ -130,7 +201,7 @@ def make_layout(
         dilation=mask.dilation,
         R=0 if mask.intervals is None else mask.intervals.shape[-3],
         mask_lead=(1, 1) if mask.intervals is None else mask.intervals.shape[:2],
-        kinds=frozenset(present) & {PARTIAL, FULL},
+        kinds=frozenset(int(kind) for kind in present),
     )
     return layout, kinds
 
@@ -191,7 +262,14 @@ def fold_runs(layout: Layout, mask: Mask) -> Int[Array, "masks ends keys"]:
 
 def fold_prefix(layout: Layout, x: Float[Array, "P K M h"], dtype) -> Float[Array, "P K slots h"]:
     """Padded with zeros to a multiple of the lanes."""
-    return _pad(x.astype(dtype), 2, round_up(layout.M, LANES))
+    return _pad(x.astype(dtype), 2, layout.slots)
+
+
+def compiler_params() -> pltpu.CompilerParams:
+    """For a grid whose last axis alone carries something from step to step."""
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+    )
 
 
 def round_up(n: int, unit: int) -> int:
@@ -224,34 +302,61 @@ def cap(options: Options, s: Array) -> tuple[Array, Array | None]:
     return tanh * (options.soft_cap * LOG2_E), tanh
 
 
+def when_kind(layout: Layout, kind: int, visit: Visit):
+    """Runs a function for tiles of one kind; without a condition if there are no others."""
+    if kind not in layout.kinds:
+        return lambda body: None
+    return pl.when(True if layout.kinds == {kind} else visit.kind == kind)
+
+
 def visible(
-    layout: Layout, i: Array, j: Array, runs: Int[Array, "..."] | None, query_axis: int
+    layout: Layout, visit: Visit, runs: Int[Array, "..."] | None, keys: slice, query_axis: int
 ) -> Bool[Array, "..."]:
-    """Who sees whom in the tile of query block i and key block j.
+    """Who sees whom in a tile.
 
     Args:
-      runs: ends of the runs of each key, along the axis of queries; None without intervals.
-      query_axis: 0 for a tile [rows, keys], 1 for [keys, rows].
+      runs: reference to the ends of the runs of each key, along the axis of queries; None without
+        intervals.
+      keys: of the tile's keys.
+      query_axis: 0 for [rows, keys], 1 for [keys, rows].
     """
-    shape = (layout.rows, layout.block_k) if query_axis == 0 else (layout.block_k, layout.rows)
-    key_axis = 1 - query_axis
+    sizes = (layout.rows, keys.stop - keys.start)
+    shape = sizes if query_axis == 0 else sizes[::-1]
     row = lax.broadcasted_iota(jnp.int32, shape, query_axis)
     if layout.G > 1:
         row = lax.rem(row, layout.block_q)
-    t = i * layout.block_q + row
-    s = j * layout.block_k + lax.broadcasted_iota(jnp.int32, shape, key_axis)
+    t = visit.q_block * layout.block_q + row
+    first = visit.k_block * layout.block_k + keys.start
+    s = first + lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
     parts = []
     if layout.R:
-        ends = [lax.slice_in_dim(runs, n, n + 1, axis=query_axis) for n in range(2 * layout.R)]
-        held = [(ends[2 * r] <= t) & (t < ends[2 * r + 1]) for r in range(layout.R)]
-        parts.append(jax.tree.reduce(jnp.logical_or, held))
+        ends = runs[:, keys] if query_axis == 0 else runs[keys, :]
+        start, end = (
+            [
+                lax.slice_in_dim(ends, n, n + 1, axis=query_axis)
+                for n in range(side, 2 * layout.R, 2)
+            ]
+            for side in (0, 1)
+        )
+        held = [(a <= t) & (t < b) for a, b in zip(start, end, strict=True)]
+        parts.append(functools.reduce(operator.or_, held))
     elif layout.S % layout.block_k:
         parts.append(s < layout.S)
     if layout.causal:
         parts.append(s <= t)
     if layout.dilation > 1:
         parts.append(lax.rem(t - s, layout.dilation) == 0)
-    return jax.tree.reduce(jnp.logical_and, parts)
+    return functools.reduce(operator.and_, parts)
+
+
+def is_slot(layout: Layout, slots: slice) -> Bool[Array, "rows slots"]:
+    """Which of these slots are of the prefix, not of its padding."""
+    shape = (layout.rows, slots.stop - slots.start)
+    return slots.start + lax.broadcasted_iota(jnp.int32, shape, 1) < layout.M
+
+
+def chunks(length: int, size: int) -> list[slice]:
+    return [slice(n, min(n + size, length)) for n in range(0, length, size)]
 
 
 def spread(x: Float[Array, "rows 128"], lanes: int) -> Float[Array, "rows lanes"]:

@@ -12,6 +12,8 @@ from pallas_kernels.flash import tpu_common as common
 from pallas_kernels.flash.tpu_common import LANES, LOWEST, Layout, Visits, cap, product, spread
 from pallas_kernels.masks.blocks import FULL, PARTIAL
 
+CHUNK = 512  # keys
+
 
 def forward(options, layout: Layout, visits: Visits, arrays, interpret):
     """Output and log-sum-exp of each query.
@@ -23,43 +25,16 @@ def forward(options, layout: Layout, visits: Visits, arrays, interpret):
     Returns:
       like q, and float32 `[sequences, K, I, 1, rows]`.
     """
-    q, *_ = arrays
     L = layout
-
-    def queries(b, head, step, codes):
-        return b, head, visits.tile(L, codes, b, step).row, 0
-
-    def keys(b, head, step, codes):
-        return b, head, visits.tile(L, codes, b, step).column, 0
-
-    def runs(b, head, step, codes):
-        return L.mask_row(b), 0, visits.tile(L, codes, b, step).column
-
-    def prefix(b, head, step, codes):
-        return L.stream(b), head, 0, 0
-
-    def rows(b, head, step, codes):
-        return b, head, visits.tile(L, codes, b, step).row, 0, 0
-
-    slots = common.round_up(L.M, LANES)
-    specs = [
-        pl.BlockSpec((None, None, L.rows, L.h), queries),
-        pl.BlockSpec((None, None, L.block_k, L.h), keys),
-        pl.BlockSpec((None, None, L.block_k, L.h), keys),
-        pl.BlockSpec((None, 2 * L.R, L.block_k), runs) if L.R else None,
-        pl.BlockSpec((None, None, slots, L.h), prefix) if L.M else None,
-        pl.BlockSpec((None, None, slots, L.h), prefix) if L.M else None,
-    ]
+    q, *_ = arrays
+    spec = common.specs(L, visits)
     return pl.pallas_call(
         functools.partial(_kernel, options, layout, visits),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=len(visits.operands),
             grid=(L.sequences, L.K, visits.count),
-            in_specs=specs,
-            out_specs=[
-                pl.BlockSpec((None, None, L.rows, L.h), queries),
-                pl.BlockSpec((None, None, None, 1, L.rows), rows),
-            ],
+            in_specs=[spec.queries, spec.keys, spec.keys, spec.runs, spec.prefix, spec.prefix],
+            out_specs=[spec.queries, spec.rows],
             scratch_shapes=[
                 pltpu.VMEM((L.rows, LANES), jnp.float32),
                 pltpu.VMEM((L.rows, LANES), jnp.float32),
@@ -70,67 +45,59 @@ def forward(options, layout: Layout, visits: Visits, arrays, interpret):
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((L.sequences, L.K, L.q_blocks, 1, L.rows), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=common.VMEM_LIMIT,
-        ),
+        compiler_params=common.compiler_params(),
         interpret=interpret,
         name="attention_forward",
-    )(visits.codes, *arrays)
+    )(*visits.operands, *arrays)
 
 
-def _kernel(options, layout, visits, codes, q, k, v, runs, pk, pv, out, lse, top, total, acc):
+def _kernel(options, layout, visits, *refs):
     """One tile.
 
     Scratch: `top`, the largest score so far, equal in all lanes; `total`, the sum of the powers, of
     which each lane holds the part of its own keys; `acc`, their product with the values.
     """
-    tile = visits.tile(layout, codes, pl.program_id(0), pl.program_id(2))
+    *operands, q, k, v, runs, prefix_k, prefix_v, out, lse, top, total, acc = refs
+    visit = visits.visit(layout, operands, pl.program_id(0), pl.program_id(2))
 
     def take(k, v, seen):
-        s, _ = cap(options, product(q[...], k[...], (1, 1)))
-        if seen is not None:
-            s = jnp.where(seen(s.shape), s, -jnp.inf)
-        lanes = s.shape[1]
-        old = top[...]
-        new = jnp.maximum(old, jnp.max(s, 1, keepdims=True))
-        p = jnp.exp2(s - spread(new, lanes))
-        fade = jnp.exp2(old - new)
-        top[...] = new
-        total[...] = total[...] * fade + sum(p[:, n : n + LANES] for n in range(0, lanes, LANES))
-        acc[...] = acc[...] * spread(fade, layout.h) + product(p.astype(v.dtype), v[...], (1, 0))
+        # In chunks, so that products and powers of different ones can overlap.
+        for keys in common.chunks(k.shape[0], CHUNK):
+            s, _ = cap(options, product(q[...], k[keys], (1, 1)))
+            if seen is not None:
+                s = jnp.where(seen(keys), s, -jnp.inf)
+            old = top[...]
+            new = jnp.maximum(old, jnp.max(s, 1, keepdims=True))
+            p = jnp.exp2(s - spread(new, s.shape[1]))
+            fade = jnp.exp2(old - new)
+            sums = sum(p[:, n] for n in common.chunks(p.shape[1], LANES))
+            top[...] = new
+            total[...] = total[...] * fade + sums
+            values = product(p.astype(v.dtype), v[keys], (1, 0))
+            acc[...] = acc[...] * spread(fade, layout.h) + values
 
-    @pl.when(tile.is_first)
+    @pl.when(visit.is_first)
     def _():
-        top[...] = jnp.full_like(top, LOWEST)
-        total[...] = jnp.zeros_like(total)
-        acc[...] = jnp.zeros_like(acc)
+        top[...] = jnp.full(top.shape, LOWEST)
+        total[...] = jnp.zeros(total.shape)
+        acc[...] = jnp.zeros(acc.shape)
         if layout.M:
-            take(pk, pv, None if layout.M == pk.shape[0] else _slots(layout))
+            take(prefix_k, prefix_v, functools.partial(common.is_slot, layout))
 
-    if FULL in layout.kinds:
+    @common.when_kind(layout, FULL, visit)
+    def _():
+        take(k, v, None)
 
-        @pl.when(tile.kind == FULL)
-        def _():
-            take(k, v, None)
+    @common.when_kind(layout, PARTIAL, visit)
+    def _():
+        take(k, v, lambda keys: common.visible(layout, visit, runs, keys, 0))
 
-    if PARTIAL in layout.kinds:
-
-        @pl.when(tile.kind == PARTIAL)
-        def _():
-            ends = runs[...] if layout.R else None
-            take(k, v, lambda _: common.visible(layout, tile.row, tile.column, ends, 0))
-
-    @pl.when(tile.is_last)
+    @pl.when(visit.is_last)
     def _():
         sums = jnp.sum(total[...], 1, keepdims=True)
         sees = sums > 0.0
         sums = jnp.where(sees, sums, 1.0)
         out[...] = (acc[...] / sums).astype(out.dtype)
-        # As a row: a column would take a whole register for eight numbers.
+        # Along the lanes, where a number takes no more than its own place.
         log = (top[...] + jnp.log2(sums)) * math.log(2)
         lse[...] = jnp.where(sees, log, -jnp.inf).T[:1]
-
-
-def _slots(layout):
-    return lambda shape: jax.lax.broadcasted_iota(jnp.int32, shape, 1) < layout.M
