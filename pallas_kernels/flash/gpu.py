@@ -58,7 +58,7 @@ def backward(options: Options, q, k, v, mask: Mask, prefix, out, lse, dout, dlse
       ValueError: as `forward`.
     """
     _check(q, k, v, prefix)
-    (N, P, T, K, G, h), S = q.shape, k.shape[2]
+    T, h, S = q.shape[2], q.shape[-1], k.shape[2]
     wide = jnp.float32
     delta = jnp.sum(out.astype(wide) * dout.astype(wide), -1) - dlse
     delta = jnp.where(lse == -jnp.inf, 0.0, delta)

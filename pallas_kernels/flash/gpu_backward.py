@@ -96,7 +96,9 @@ def queries_gradient(options: Options, static: Static, queries: Queries, inputs:
         **gpu_keys.scratch(static, inputs),
     }
     outs = [jax.ShapeDtypeStruct(queries.q.shape, dtype)]
-    (dq,) = tiles.run(program, outs, scratch, (NP, H, T // BLOCK), (queries, inputs))
+    (dq,) = tiles.run(
+        "attention_dq", program, outs, scratch, (NP, H, T // BLOCK), (queries, inputs)
+    )
     return dq
 
 
@@ -126,7 +128,7 @@ def keys_gradient(
       static: `stages` counts blocks of queries; `block_k` is not used.
       block_q: queries in a block.
     """
-    (NP, _, H, h), (entries, S, K, _) = queries.q.shape, inputs.k.shape
+    (NP, _, _, h), (entries, S, K, _) = queries.q.shape, inputs.k.shape
     dtype = queries.q.dtype
     stages = static.stages
 
@@ -246,7 +248,9 @@ def keys_gradient(
     if inputs.runs is not None:
         scratch["runs"] = plgpu.SMEM((WARPGROUPS, *inputs.runs.shape[2:]), jnp.int32)
     outs = [jax.ShapeDtypeStruct((NP, S, K, h), dtype)] * 2
-    return tiles.run(program, outs, scratch, (NP, K, S // BLOCK), (queries, inputs))
+    return tiles.run(
+        "attention_dkv", program, outs, scratch, (NP, K, S // BLOCK), (queries, inputs)
+    )
 
 
 def _query_indices(b, head, rows):

@@ -96,4 +96,4 @@ def call(options: Options, static: Static, q, inputs: Inputs):
         "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS),
         **gpu_keys.scratch(static, inputs),
     }
-    return tiles.run(program, outs, scratch, (NP, H, T // BLOCK), (q, inputs))
+    return tiles.run("attention_forward", program, outs, scratch, (NP, H, T // BLOCK), (q, inputs))

@@ -113,10 +113,11 @@ def visible(t, s, runs, keys: int, causal: bool, dilation: int):
     return functools.reduce(operator.and_, tests)
 
 
-def run(body, outs, scratch, grid, operands):
+def run(name, body, outs, scratch, grid, operands):
     """Calls `body(operands, outs, scratch)`, all refs, for each point of (batch, head, block).
 
     Args:
+      name: of the kernel, in profiles.
       outs: shapes and dtypes of the results.
       scratch: memory by name.
       grid: sizes; blocks vary fastest.
@@ -126,6 +127,7 @@ def run(body, outs, scratch, grid, operands):
     def kernel(inputs, *rest):
         body(inputs, rest[: len(outs)], dict(zip(scratch, rest[len(outs) :], strict=True)))
 
+    kernel.__name__ = name
     call = plgpu.kernel(
         kernel,
         out_type=tuple(outs),

@@ -1,0 +1,175 @@
+"""What the compiler says about the GPU kernels, for an H200, on a machine that need not have one.
+
+python -m experiments.static_gpu
+python -m experiments.static_gpu --head_dim=64,128 --dtype=bfloat16
+
+A line for each kernel: registers of a thread when it starts (the warpgroups then divide them anew),
+bytes of registers spilled to local memory, wgmma instructions in the program, bytes of shared
+memory of a block. These are facts about code: nothing here is a time. Each head dimension and dtype
+is compiled in a process of its own. Needs `pip install -e '.[gpu]'`, and ptxas.
+"""
+
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+from absl import flags
+
+from experiments import program
+from sharding.settings import InputError
+
+FLAGS = program.new_flags()
+flags.DEFINE_list("head_dim", ["64", "128"], "head dimensions", flag_values=FLAGS)
+flags.DEFINE_list("dtype", ["bfloat16"], "bfloat16, float16 or both", flag_values=FLAGS)
+
+MISSING = "needs the CUDA plugin of jax (jax-cuda13-plugin): pip install -e '.[gpu]'"
+
+# Of an H200, what the compiler must know; sizes in bytes.
+H200 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  device_memory_size: 151397597184
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  fpus_per_core: 128
+  name: "NVIDIA H200"
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+"""
+
+
+class Row(NamedTuple):
+    """One compiled kernel; `registers` per thread, `spilled` and `shared` in bytes."""
+
+    kernel: str
+    dtype: str
+    head_dim: int
+    registers: int
+    spilled: int
+    wgmma: int
+    shared: int
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("jax_cuda13_plugin") is not None
+
+
+def rows(head_dims=(64, 128), dtypes=("bfloat16",)) -> list[Row]:
+    """The kernels of attention, forward and backward, with a causal packed mask and a prefix.
+
+    Raises:
+      InputError: the CUDA plugin is not installed, or a kernel does not compile.
+    """
+    if not installed():
+        raise InputError(f"the static report of GPU kernels {MISSING}")
+    return [row for dtype in dtypes for head_dim in head_dims for row in _compiled(head_dim, dtype)]
+
+
+def _compiled(head_dim: int, dtype: str) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "MOSAIC_GPU_DUMP_TO": folder,
+            "MOSAIC_GPU_DUMP_PTX": "1",
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
+        }
+        code = f"from experiments import static_gpu as s; s.compile_all({head_dim}, {dtype!r})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:]
+            raise InputError(f"head_dim={head_dim}, dtype={dtype}: {' '.join(last)}")
+        return [_row(path, dtype, head_dim) for path in sorted(pathlib.Path(folder).glob("*.ptx"))]
+
+
+def _row(ptx: pathlib.Path, dtype: str, head_dim: int) -> Row:
+    assembler = ptx.with_suffix(".ptxas").read_text()
+    passes = ptx.with_suffix(".mlir-passes.log").read_text()
+
+    def number(pattern, text):
+        return int(re.search(pattern, text)[1])
+
+    return Row(
+        re.sub(r"_\d+$", "", ptx.stem),
+        dtype,
+        head_dim,
+        number(r"Used (\d+) registers", assembler),
+        number(r"(\d+) bytes spill stores", assembler),
+        ptx.read_text().count("wgmma.mma_async"),
+        number(r"dynamic_shared_memory_size %c(\d+)_i32", passes),
+    )
+
+
+def compile_all(head_dim: int, dtype: str) -> None:
+    """Compiles the kernels in this process."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    from pallas_kernels import dispatch, masks
+    from pallas_kernels.flash import gpu
+    from pallas_kernels.flash.options import Options
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+    B, P, T, K, G, M, h = 2, 2, 2048, 2, 4, 48, head_dim
+    options = Options(h**-0.5, None)
+    q, kv, lse = (
+        array(B, P, T, K, G, h),
+        array(B, P, T, K, h),
+        array(B, P, T, K, G, dtype="float32"),
+    )
+    prefix = (array(P, K, M, h),) * 2
+    intervals = array(B, 1, 1, 2, T, dtype=jnp.int32)
+
+    def forward(q, k, v, intervals, prefix):
+        mask = masks.Mask(intervals, causal=True, queries=T)
+        return gpu.forward(options, q, k, v, mask, prefix)
+
+    def backward(q, k, v, intervals, *rest):
+        mask = masks.Mask(intervals, causal=True, queries=T)
+        return gpu.backward(options, q, k, v, mask, *rest)
+
+    arrays = (q, kv, kv, intervals, prefix)
+    with dispatch.compiling_for("cuda"):
+        jax.jit(forward).lower(*arrays).compile()
+        jax.jit(backward).lower(*arrays, q, lse, q, lse).compile()
+
+
+def main(flags):
+    table = rows([int(h) for h in flags.head_dim], flags.dtype)
+    for row in [Row._fields, *table]:
+        print("".join(f"{value!s:>{20 if n == 0 else 11}}" for n, value in enumerate(row)))
+
+
+if __name__ == "__main__":
+    program.run(main, FLAGS)
