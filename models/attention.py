@@ -12,13 +12,12 @@ from models.context import Context
 from models.layers import apply_rope, project
 from models.transforms import layer_transform
 from models.weights import WeightMaker, zeros
-from pallas_kernels import attention
+from pallas_kernels import attention, sharded_attention
 from pallas_kernels.masks import Mask
 from sharding import rules
 
 HEADS = ("batch", "streams", None, "heads", None)
 KV_HEADS = ("batch", "streams", None, "kv_heads", None)
-PREFIX = ("streams", "kv_heads", None, None)
 
 
 class KVCache(NamedTuple):
@@ -111,11 +110,7 @@ def attend(
     """`pallas_kernels.attention` of each device's own rows, streams and heads."""
     if prefix is not None:
         prefix = tuple(part.astype(q.dtype) for part in prefix)
-    mask_axes = jax.tree.map(lambda array: ("batch",) + (None,) * (array.ndim - 1), mask)
-    prefix_axes = None if prefix is None else (PREFIX, PREFIX)
-    call = rules.shard_call(
-        lambda q, k, v, mask, prefix: attention(q, k, v, mask, prefix=prefix),
-        (HEADS, KV_HEADS, KV_HEADS, mask_axes, prefix_axes),
-        HEADS,
-    )
-    return call(q, k, v, mask, prefix)
+    if not rules.is_sharded():
+        return attention(q, k, v, mask, prefix=prefix)
+    specs = {"q_spec": rules.partition_spec(HEADS), "kv_spec": rules.partition_spec(KV_HEADS)}
+    return sharded_attention(q, k, v, mask, prefix=prefix, **specs)

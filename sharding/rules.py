@@ -4,8 +4,7 @@ Parameters, optimizer state, activations, batches and checkpoints are all sharde
 The mesh is the ambient one (`jax.set_mesh`); with none, or with one device, nothing is constrained.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -68,7 +67,7 @@ def named_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
 
 
 def is_sharded() -> bool:
-    """Whether arrays here spread over more than one device: on a mesh, outside of `shard_call`."""
+    """Whether arrays here spread over more than one device: on a mesh, outside of `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual
 
@@ -78,28 +77,3 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if not is_sharded():
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
-
-
-def shard_call(
-    function: Callable[..., jax.Array], in_axes: tuple[Any, ...], out_axes: Axes
-) -> Callable[..., jax.Array]:
-    """`function` of each device's own part of its arguments (`shard_map` over the ambient mesh).
-
-    Args:
-      function: works on local arrays, without communication.
-      in_axes: for each argument a pytree of logical axes (a tuple of names per array).
-      out_axes: logical axes of the result.
-
-    Returns:
-      the sharded function, or `function` itself where there is no mesh.
-    """
-    if not is_sharded():
-        return function
-
-    def is_axes(node: Any) -> bool:
-        return type(node) is tuple and all(name is None or isinstance(name, str) for name in node)
-
-    in_specs = tuple(jax.tree.map(partition_spec, axes, is_leaf=is_axes) for axes in in_axes)
-    return jax.shard_map(
-        function, in_specs=in_specs, out_specs=partition_spec(out_axes), check_vma=False
-    )
