@@ -383,7 +383,8 @@ def tune_allocator() -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    environment = os.environ | {"GLIBC_TUNABLES": ALLOCATOR}
+    # Else an installed libtpu looks for its chips, and complains that there are none.
+    environment = os.environ | {"GLIBC_TUNABLES": ALLOCATOR, "JAX_PLATFORMS": "cpu"}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
