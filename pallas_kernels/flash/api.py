@@ -13,6 +13,7 @@ heads. The mask's intervals are then `[N or 1, P or 1, R, 2, S]`.
 
 import dataclasses
 import functools
+import importlib
 import math
 
 import jax
@@ -25,8 +26,27 @@ from pallas_kernels.flash import oracle, xla
 from pallas_kernels.flash.options import Options
 from pallas_kernels.masks import Mask
 
-FORWARD = {"xla": xla.forward}
-BACKWARD = {"xla": xla.backward}
+
+def _lazily(module: str, name: str):
+    """A function of a module that is imported when it is first called: Pallas takes its time."""
+
+    def call(*args):
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return call
+
+
+MODULES = {
+    "xla": "pallas_kernels.flash.xla",
+    "pallas_tpu": "pallas_kernels.flash.tpu",
+    "pallas_gpu": "pallas_kernels.flash.gpu",
+}
+# What the GPU kernels take, and raise for otherwise.
+GPU_DTYPES = ("bfloat16", "float16")
+GPU_HEAD_DIM = 256
+
+FORWARD = {name: _lazily(module, "forward") for name, module in MODULES.items()}
+BACKWARD = {name: _lazily(module, "backward") for name, module in MODULES.items()}
 
 
 def attention(
@@ -55,8 +75,9 @@ def attention(
       scale: of the scores; h ** -0.5 by default.
       soft_cap: c, to replace each score s by c tanh(s / c).
       return_lse: also return the log-sum-exp of each query's scores.
-      implementation: "xla" (in tiles, on any platform), "pallas_tpu", "pallas_gpu" (Hopper), or
-        "oracle" (every score in memory); None: the best of the platform.
+      implementation: "xla" (in tiles, on any platform), "pallas_tpu", "pallas_gpu" (Hopper, of
+        bfloat16 and float16), or "oracle" (every score in memory); None: the best that the
+        platform has for these arrays.
 
     Returns:
       the output in q's dtype; with `return_lse` a pair of it and float32 `[..., T, H]`.
@@ -93,17 +114,21 @@ def _attention(static, *arrays):
 
 
 def _forward(static, *arrays):
-    implementation, options = static
-    functions = {name: functools.partial(f, options) for name, f in FORWARD.items()}
-    out, lse = dispatch.choose(implementation, functions)(*arrays)
+    out, lse = _choose(FORWARD, static, arrays[0])(*arrays)
     return (out, lse), (*arrays, out, lse)
 
 
 def _backward(static, saved, cotangents):
-    implementation, options = static
-    functions = {name: functools.partial(f, options) for name, f in BACKWARD.items()}
-    dq, dk, dv, dprefix = dispatch.choose(implementation, functions)(*saved, *cotangents)
+    dq, dk, dv, dprefix = _choose(BACKWARD, static, saved[0])(*saved, *cotangents)
     return dq, dk, dv, None, dprefix
+
+
+def _choose(functions, static, q):
+    implementation, options = static
+    functions = {name: functools.partial(f, options) for name, f in functions.items()}
+    if implementation is None and (q.dtype not in GPU_DTYPES or q.shape[-1] > GPU_HEAD_DIM):
+        del functions["pallas_gpu"]
+    return dispatch.choose(implementation, functions)
 
 
 _attention.defvjp(_forward, _backward)
