@@ -5,11 +5,17 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from experiments import program, timing
+from experiments import gpu_attention, program, timing
 from experiments.workloads import Shape
 
-MEASURES = ("train", "decode", "attention", "masks")
+MEASURES = ("train", "decode", "attention", "masks", "gpu")
 ALLOCATORS = ("tuned", "default")
+# The sides of a comparison share the memory of one GPU.
+GPU_ENVIRONMENT = {
+    "GLIBC_TUNABLES": None,
+    "JAX_PLATFORMS": None,
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+}
 
 
 class Row(NamedTuple):
@@ -35,11 +41,16 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows measured in turn, what they do, and what differs between them."""
+    """Rows measured in turn, what they do, and what differs between them.
+
+    Attributes:
+      platform: "cpu", whose workloads are told the `Shape`, or "gpu".
+    """
 
     title: str
     note: str
     rows: list[Row]
+    platform: str = "cpu"
 
 
 def tables(shape: Shape, measures: list[str], peers: bool) -> list[Table]:
@@ -55,6 +66,7 @@ def tables(shape: Shape, measures: list[str], peers: bool) -> list[Table]:
         "decode": _decode_table,
         "attention": _attention_table,
         "masks": _masks_table,
+        "gpu": _gpu_table,
     }
     return [make[name](shape, peers) for name in MEASURES if name in measures]
 
@@ -139,13 +151,17 @@ def _masks_table(shape: Shape, peers: bool) -> Table:
     del peers
     from pallas_kernels.flash.xla_layout import BLOCK
     from pallas_kernels.masks.blocks import live_fraction
-    from pallas_kernels.masks.examples import all_masks
+    from pallas_kernels.masks.examples import EXAMPLES, example
 
     length = shape.mask_length
+
+    def share(name):
+        return live_fraction(example(name, 1, length), length, length, BLOCK)
+
     call = "experiments.workloads:masked_attention"
     rows = [
-        Row(name, call, {}, name, "full", share=live_fraction(mask, length, length, BLOCK))
-        for name, mask in all_masks(1, length).items()
+        Row(name, call, {"kinds": list(EXAMPLES)}, name, "full", share=share(name))
+        for name in EXAMPLES
     ]
     note = (
         f"[1, {length}, {shape.heads} heads, {shape.kv_heads} KV, {shape.model(1).head_dim}] "
@@ -154,6 +170,47 @@ def _masks_table(shape: Shape, peers: bool) -> Table:
         "median times over it, 1 where a block costs what it costs without a mask."
     )
     return Table("attention under masks", note, rows)
+
+
+def _gpu_table(shape: Shape, peers: bool) -> Table:
+    """Causal attention beside cuDNN; masks beside our own without one, and FlexAttention."""
+    del shape
+    title = "attention on a GPU"
+    if not gpu_attention.has_gpu():
+        return Table(title, "not measured: this machine has no NVIDIA GPU", [], "gpu")
+    rows = []
+
+    def add(name, call, arguments, run, against, pairs, share=0.0):
+        work = gpu_attention.flops(arguments["length"], run, pairs)
+        call = f"experiments.gpu_attention:{call}"
+        rows.append(Row(f"{name}, {run}", call, arguments, run, against, 0, work, share))
+
+    for run in gpu_attention.PASSES:
+        for length in gpu_attention.LENGTHS:
+            pairs, name = length * (length + 1) / 2, f"causal, T {length}"
+            peer = f"{name}, cuDNN"
+            add(peer, "cudnn", {"length": length}, run, "", pairs)
+            arguments = {"length": length, "kind": "causal"}
+            add(name, "ours", arguments, run, f"{peer}, {run}", pairs)
+        length = gpu_attention.MASK_LENGTH
+        full = f"full, T {length}"
+        add(full, "ours", {"length": length, "kind": "full"}, run, "", length**2)
+        for kind in gpu_attention.KINDS:
+            pairs, arguments = gpu_attention.visible_pairs(kind, length), {"length": length}
+            arguments["kind"] = kind
+            share = pairs / length**2
+            add(kind, "ours", arguments, run, f"{full}, {run}", pairs, share)
+            if peers:
+                add(
+                    f"{kind}, FlexAttention", "flex", arguments, run, f"{full}, {run}", pairs, share
+                )
+    note = (
+        "bfloat16, 16 heads, 2 KV, head dimension 128, 16384 tokens or one sequence. Causal "
+        "attention is compared with cuDNN (jax.nn.dot_product_attention), a mask with our own "
+        "attention without one. live: share of visible pairs; per live: ratio over it; TFLOP/s "
+        "count visible pairs."
+    )
+    return Table(title, note, rows, "gpu")
 
 
 def measure(
@@ -168,10 +225,11 @@ def measure(
                 key = (allocator, row.call, str(row.arguments))
                 if key not in workers:
                     report(f"starting {row.name}{mark}")
-                    arguments = {"shape": dataclasses.asdict(shape), **row.arguments}
-                    workers[key] = timing.Worker(
-                        row.call, arguments, environment(allocator, threads)
-                    )
+                    arguments, variables = row.arguments, GPU_ENVIRONMENT
+                    if table.platform == "cpu":
+                        arguments = {"shape": dataclasses.asdict(shape), **arguments}
+                        variables = environment(allocator, threads)
+                    workers[key] = timing.Worker(row.call, arguments, variables)
                 name = row.name + mark
                 runs[name] = (workers[key], row.run)
                 rows[name] = row._replace(against=row.against and row.against + mark)
@@ -199,23 +257,27 @@ def environment(allocator: str, threads: int) -> dict[str, str | None]:
 
 def describe(table: Table, measured: Mapping[str, Any], quiet: float) -> str:
     """The table as text."""
+    if not measured:
+        return f"{table.title}\n{table.note}"
     width = max(map(len, measured)) + 2
     heads = ["min ms", "median ms", "min/peer", "median/peer", "tokens/s", "TFLOP/s", "others"]
     has_share = any(row.share for row, _ in measured.values())
     if has_share:
-        heads[4:6] = ["live", "per live"]
+        heads[4:5] = ["live", "per live"]
     lines = [table.title, f"{'':{width}}" + "".join(f"{head:>12}" for head in heads)]
     loud = False
     for name, (row, times) in measured.items():
         cells = [f"{times.least * 1e3:.1f}", f"{times.median * 1e3:.1f}"]
         peer = measured.get(row.against)
         cells += [f"{ratio:.2f}" for ratio in ratios(times, peer[1])] if peer else ["", ""]
-        if has_share:
+        if has_share and row.share:
             ratio = ratios(times, peer[1])[1]
             cells += [f"{row.share:.1%}", f"{ratio / row.share:.2f}"]
+        elif has_share:
+            cells += ["", ""]
         else:
             cells.append(f"{row.tokens / times.median:,.0f}" if row.tokens else "")
-            cells.append(f"{row.flops / times.median / 1e12:.3f}" if row.flops else "")
+        cells.append(f"{row.flops / times.median / 1e12:.3f}" if row.flops else "")
         cells.append("?" if times.others is None else f"{times.others:.0%}")
         loud |= (times.others or 0) > quiet
         lines.append(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))

@@ -5,7 +5,7 @@ The PyTorch side is `experiments.peers`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -140,16 +140,16 @@ def jax_attention(shape: dict) -> Runs:
 def _attention_runs(shape: Shape, op) -> Runs:
     import jax.numpy as jnp
 
-    return _op_runs(op, [jnp.asarray(array) for array in qkv(shape)])
+    return op_runs(op, [jnp.asarray(array) for array in qkv(shape)])
 
 
-def masked_attention(shape: dict) -> Runs:
-    """`pallas_kernels.attention` of a long row under every kind of mask, forward and backward."""
+def masked_attention(shape: dict, kinds: Sequence[str]) -> Runs:
+    """`pallas_kernels.attention` of a long row under several masks, forward and backward."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels import attention
-    from pallas_kernels.masks.examples import all_masks
+    from pallas_kernels.masks.examples import example
 
     shape = dataclasses.replace(Shape(**shape), rows=1)
     shape = dataclasses.replace(shape, length=shape.mask_length)
@@ -163,7 +163,7 @@ def masked_attention(shape: dict) -> Runs:
     def run(mask):
         return lambda: jax.block_until_ready(both(mask, *arrays))
 
-    return {name: run(mask) for name, mask in all_masks(1, shape.length).items()}
+    return {kind: run(example(kind, 1, shape.length)) for kind in kinds}
 
 
 def qkv(shape: Shape) -> list[np.ndarray]:
@@ -174,7 +174,7 @@ def qkv(shape: Shape) -> list[np.ndarray]:
     return [rng.standard_normal((shape.rows, shape.length, n, head_dim), np.float32) for n in heads]
 
 
-def _op_runs(op, arrays) -> Runs:
+def op_runs(op, arrays) -> Runs:
     """Forward, and forward with backward to every argument."""
     import jax
     import jax.numpy as jnp
@@ -251,9 +251,9 @@ def parts(shape: dict, streams: int) -> Runs:
     return {
         "step": step,
         "evaluate": lambda: jax.block_until_ready(training.evaluate(held["state"], batch)),
-        "attention": _op_runs(attend, [prefix, *arrays])[both],
-        "dense": _op_runs(dense, [weights, inputs])[both],
-        "head and loss": _op_runs(loss, head_arrays)[both],
+        "attention": op_runs(attend, [prefix, *arrays])[both],
+        "dense": op_runs(dense, [weights, inputs])[both],
+        "head and loss": op_runs(loss, head_arrays)[both],
         "optimizer": lambda: jax.block_until_ready(update(held["state"])),
     }
 

@@ -1,5 +1,7 @@
 """One mask of every kind, of one length: for tests, benchmarks and pictures."""
 
+from collections.abc import Callable, Mapping
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -38,46 +40,39 @@ def forks(length: int) -> tuple[Int[Array, "2 length"], Int[Array, "2 length"]]:
     return jnp.asarray(inside), jnp.asarray(branches * inside)
 
 
+def example(name: str, rows: int, length: int) -> Mask:
+    """A mask of `length` queries and keys; those of data differ for each row.
+
+    Args:
+      name: one of `EXAMPLES`.
+    """
+    return EXAMPLES[name](rows, length)
+
+
 def all_masks(rows: int, length: int) -> dict[str, Mask]:
-    """Masks by name, each for `length` queries and keys; those of data differ for each row."""
-    ids = documents(rows, length)
-    place = jnp.arange(length)
-    window = max(length // 32, 1)
+    """Every example by name."""
+    return {name: example(name, rows, length) for name in EXAMPLES}
+
+
+def _window(length):
+    return max(length // 32, 1)
+
+
+def _stripes(length, count):
+    """0, 1, ... of stripes as wide as the window, over and over."""
+    return jnp.arange(length) // _window(length) % count
+
+
+def _mesh(rows, length):
     block = max(length // 12, 1)
-    mesh = [(i, j) for i in range(12) for j in range(12) if (i * 5 + j * 3) % 4 == 0]
-    mesh = [pair for pair in mesh if max(pair) * block < length]
+    pairs = [(i, j) for i in range(12) for j in range(12) if (i * 5 + j * 3) % 4 == 0]
+    pairs = [pair for pair in pairs if max(pair) * block < length]
+    return explicit.from_blocks(pairs, length, block)
+
+
+def _private_streams(rows, length):
     count, prefix = 1 + (length % 2 == 0), length // 8
-    return {
-        "full": mask.full(),
-        "causal": mask.causal(),
-        "sliding_window": kinds.sliding_window(length, window),
-        "sliding_window, two-sided": kinds.sliding_window(length, window, two_sided=True),
-        "dilated_window": kinds.dilated_window(length, window, 4),
-        "global_and_window": kinds.global_and_window(length, window, window),
-        "global_and_window, two-sided": kinds.global_and_window(
-            length, window, window, two_sided=True
-        ),
-        "prefix_lm": kinds.prefix_lm(length, length // 4 + jnp.arange(rows)),
-        "left_padding": kinds.left_padding(length, length // 8 * jnp.arange(rows)),
-        "same_document": kinds.same_document(ids),
-        "packed": kinds.packed(ids),
-        "packed_prefix_lm": kinds.packed_prefix_lm(ids, place % (2 * window) < window),
-        "packed_block_causal": kinds.packed_block_causal(ids, window),
-        "shared_question": kinds.shared_question(ids, place // (2 * window) % 3),
-        "causal_blockwise": kinds.causal_blockwise(ids),
-        "next_scale": kinds.next_scale(_scales(length)),
-        "next_scale, diagonal": kinds.next_scale(_scales(length), diagonal=True),
-        "tree": kinds.tree(random_tree(rows, length)),
-        "fork_join": kinds.fork_join(*forks(length)),
-        "streams, shared prefix": kinds.streams(
-            3, length // 4, length - 3 * (length // 4), shared=True
-        ),
-        "streams, private prefixes": kinds.streams(
-            count, length // count - prefix, prefix, shared=False
-        ),
-        "from_blocks": explicit.from_blocks(mesh, length, block),
-        "packed & sliding_window": kinds.packed(ids) & kinds.sliding_window(length, window),
-    }
+    return kinds.streams(count, length // count - prefix, prefix, shared=False)
 
 
 def _scales(length):
@@ -89,3 +84,42 @@ def _scales(length):
             sizes.append(side**2)
             left -= side**2
     return (*sizes, left)
+
+
+EXAMPLES: Mapping[str, Callable[[int, int], Mask]] = {
+    "full": lambda rows, T: mask.full(),
+    "causal": lambda rows, T: mask.causal(),
+    "sliding_window": lambda rows, T: kinds.sliding_window(T, _window(T)),
+    "sliding_window, two-sided": lambda rows, T: kinds.sliding_window(
+        T, _window(T), two_sided=True
+    ),
+    "dilated_window": lambda rows, T: kinds.dilated_window(T, _window(T), 4),
+    "global_and_window": lambda rows, T: kinds.global_and_window(T, _window(T), _window(T)),
+    "global_and_window, two-sided": lambda rows, T: kinds.global_and_window(
+        T, _window(T), _window(T), two_sided=True
+    ),
+    "prefix_lm": lambda rows, T: kinds.prefix_lm(T, T // 4 + jnp.arange(rows)),
+    "left_padding": lambda rows, T: kinds.left_padding(T, T // 8 * jnp.arange(rows)),
+    "same_document": lambda rows, T: kinds.same_document(documents(rows, T)),
+    "packed": lambda rows, T: kinds.packed(documents(rows, T)),
+    "packed_prefix_lm": lambda rows, T: kinds.packed_prefix_lm(
+        documents(rows, T), _stripes(T, 2) == 0
+    ),
+    "packed_block_causal": lambda rows, T: kinds.packed_block_causal(
+        documents(rows, T), _window(T)
+    ),
+    "shared_question": lambda rows, T: kinds.shared_question(documents(rows, T), _stripes(T, 3)),
+    "causal_blockwise": lambda rows, T: kinds.causal_blockwise(documents(rows, T)),
+    "next_scale": lambda rows, T: kinds.next_scale(_scales(T)),
+    "next_scale, diagonal": lambda rows, T: kinds.next_scale(_scales(T), diagonal=True),
+    "tree": lambda rows, T: kinds.tree(random_tree(rows, T)),
+    "fork_join": lambda rows, T: kinds.fork_join(*forks(T)),
+    "streams, shared prefix": lambda rows, T: kinds.streams(
+        3, T // 4, T - 3 * (T // 4), shared=True
+    ),
+    "streams, private prefixes": _private_streams,
+    "from_blocks": _mesh,
+    "packed & sliding_window": lambda rows, T: (
+        kinds.packed(documents(rows, T)) & kinds.sliding_window(T, _window(T))
+    ),
+}

@@ -127,14 +127,15 @@ def causal() -> Mask:
     return Mask(causal=True)
 
 
-def dense(mask: Mask, queries: int, keys: int) -> Bool[Array, "*lead T S"]:
+def dense(mask: Mask, queries: int, keys: int, first: int = 0) -> Bool[Array, "*lead T S"]:
     """The mask as an array: whether query t sees key s. For oracles and tests.
 
     Args:
       mask: the mask; its leading axes are those of the result.
       queries, keys: T and S.
+      first: the first of the T queries.
     """
-    t = jnp.arange(queries, dtype=jnp.int32)[:, None]
+    t = first + jnp.arange(queries, dtype=jnp.int32)[:, None]
     s = jnp.arange(keys, dtype=jnp.int32)
     visible = jnp.ones((queries, keys), bool)
     if mask.intervals is not None:

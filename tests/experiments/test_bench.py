@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from experiments import bench, comparisons, program, timing, workloads
+from experiments import bench, comparisons, gpu_attention, program, timing, workloads
 
 TINY = workloads.Shape(
     width=16, layers=1, heads=2, kv_heads=1, mlp_width=16, vocab_size=32, streams=2, rows=2,
@@ -77,6 +77,9 @@ def test_our_side_runs():
     # Among the parts is the whole training step.
     runs = [workloads.parts(SIZES, TINY.streams), workloads.decode(SIZES, streams=1)]
     runs += [workloads.attention(SIZES), workloads.jax_attention(SIZES)]
+    runs += [workloads.masked_attention(SIZES | {"mask_length": 24}, ["full", "packed"])]
+    runs += [gpu_attention.ours(64, "fork_join", implementation=None)]
+    runs += [gpu_attention.cudnn(64, implementation="xla")]
     for work in (work for named in runs for work in named.values()):
         work()
 
@@ -89,6 +92,52 @@ def test_the_peer_side_runs():
     for runs in (peers.train(SIZES), peers.decode(SIZES, rows=2), peers.attention(SIZES)):
         for work in runs.values():
             work()
+
+
+def test_flex_attention_sees_what_our_mask_lets_through():
+    torch = pytest.importorskip("torch")
+    from torch.nn.attention import flex_attention
+
+    seen = []
+
+    def spy(q, k, v, block_mask, enable_gqa):
+        mask = flex_attention.create_mask(block_mask.mask_mod, None, None, 64, 64, device="cpu")
+        seen.append(int(torch.sum(mask)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex_attention, "flex_attention", spy)
+        for kind in ("causal", "fork_join", "packed"):
+            gpu_attention.flex(64, kind, device="cpu")["forward"]()
+    assert seen == [
+        gpu_attention.visible_pairs(kind, 64) for kind in ("causal", "fork_join", "packed")
+    ]
+    assert seen[0] == 64 * 65 / 2
+
+
+def test_tables_name_the_rows_that_they_compare(monkeypatch):
+    monkeypatch.setattr(gpu_attention, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpu_attention, "visible_pairs", lambda kind, length: 100)
+    shape = workloads.Shape(mask_length=64)
+    for table in comparisons.tables(shape, list(comparisons.MEASURES), peers=True):
+        names = [row.name for row in table.rows]
+        assert len(set(names)) == len(names) > 0
+        assert {row.against for row in table.rows} <= {"", *names}
+
+
+def test_without_a_gpu_its_table_says_so(monkeypatch):
+    monkeypatch.setattr(gpu_attention, "has_gpu", lambda: False)
+    (table,) = comparisons.tables(TINY, ["gpu"], peers=True)
+    assert "not measured" in comparisons.describe(table, {}, 0.1)
+
+
+def test_a_share_of_the_work_is_set_against_the_time():
+    times = {
+        name: timing.Timings([seconds], 0.0) for name, seconds in (("all", 2.0), ("half", 1.5))
+    }
+    half = comparisons.Row("half", "", {}, "", "all", share=0.5)
+    measured = {"all": (row("all"), times["all"]), "half": (half, times["half"])}
+    line = comparisons.describe(comparisons.Table("", "", []), measured, 0.1).splitlines()[3]
+    assert line.split() == ["half", "1500.0", "1500.0", "0.75", "0.75", "50.0%", "1.50", "0%"]
 
 
 def test_the_program(tmp_path, capsys):
