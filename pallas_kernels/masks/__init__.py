@@ -21,6 +21,7 @@ from pallas_kernels.masks.kinds import (
     tree,
 )
 from pallas_kernels.masks.mask import Mask, causal, dense, full, in_runs
+from pallas_kernels.masks.picture import draw
 
 __all__ = [
     "Mask",
@@ -29,6 +30,7 @@ __all__ = [
     "causal_blockwise",
     "dense",
     "dilated_window",
+    "draw",
     "first_keys",
     "fork_join",
     "from_blocks",

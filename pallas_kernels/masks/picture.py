@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.colors import ListedColormap
 
 from pallas_kernels.masks import blocks
 from pallas_kernels.masks.mask import Mask
@@ -31,6 +29,10 @@ def draw(
     Returns:
       the share of blocks of this row in which something is visible.
     """
+    # Imported here: it takes longer than all the rest of this package.
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
     if mask.intervals is not None:
         rows = mask.intervals.reshape(-1, *mask.intervals.shape[-3:])
         if not 0 <= row < len(rows):
@@ -40,7 +42,8 @@ def draw(
     kinds = np.asarray(blocks.block_kinds(mask, queries, keys, pixel, pixel))
     live = blocks.live_fraction(mask, queries, keys, block)
     text = f"{live:.1%} of the blocks of {block} x {block} are live"
-    figure, axes = plt.subplots(figsize=(5, 5.3), layout="constrained")
+    figure = Figure(figsize=(5, 5.3), layout="constrained")
+    axes = figure.subplots()
     axes.imshow(
         kinds, ListedColormap(COLORS), vmin=0, vmax=2, extent=(0, keys, queries, 0),
         interpolation="nearest",
@@ -49,6 +52,5 @@ def draw(
     axes.set_ylabel("query")
     axes.set_title(text, fontsize=10)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     print(text)
     return live

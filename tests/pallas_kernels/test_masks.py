@@ -283,7 +283,7 @@ def test_picture(tmp_path, capsys):
     """The colours of the drawn square are those of the pairs, and the fraction is counted."""
     length, window = 64, 10
     path = tmp_path / "mask.png"
-    live = picture.draw(masks.sliding_window(length, window), length, length, path, block=16)
+    live = masks.draw(masks.sliding_window(length, window), length, length, path, block=16)
     assert live == 7 / 16
     assert capsys.readouterr().out == "43.8% of the blocks of 16 x 16 are live\n"
     image = plt.imread(path)[..., :3]
@@ -300,11 +300,11 @@ def test_picture(tmp_path, capsys):
 def test_a_picture_of_a_long_mask_of_one_row(tmp_path):
     mask = masks.packed(jnp.stack([jnp.ones(5000, int), jnp.arange(5000) // 100 + 1]))
     fractions = [
-        picture.draw(mask, 5000, 5000, tmp_path / "mask.png", row=row, block=100) for row in (0, 1)
+        masks.draw(mask, 5000, 5000, tmp_path / "mask.png", row=row, block=100) for row in (0, 1)
     ]
     assert fractions == [51 / 100, 1 / 50]
     with pytest.raises(ValueError, match="row=2: expected 0 to 1"):
-        picture.draw(mask, 5000, 5000, tmp_path / "mask.png", row=2)
+        masks.draw(mask, 5000, 5000, tmp_path / "mask.png", row=2)
 
 
 def test_bad_input_is_refused():
