@@ -3,6 +3,7 @@
     python -m experiments.scaling_law sweep --config=experiments/configs/law_cpu.py --workdir=law
     python -m experiments.scaling_law fit --data=published --figure=law.png
     python -m experiments.scaling_law plot --data=law/runs.csv --figure=law.svg
+    python -m experiments.scaling_law compare --data=controls/runs.csv --baseline=base-P1
     python -m experiments.scaling_law predict --params=1.6e9 --streams=8 --target=1.02
 
 N counts parameters without embeddings, P streams; losses are in nats per token.
@@ -45,6 +46,13 @@ flags.DEFINE_list("law", None, "E,A,alpha,k of a law to take in place of data", 
 flags.DEFINE_float("params", None, "N, parameters without embeddings", flag_values=PREDICT)
 flags.DEFINE_integer("streams", 1, "P, number of streams", flag_values=PREDICT)
 flags.DEFINE_float("target", None, "loss to be reached", flag_values=PREDICT)
+
+COMPARE = program.new_flags()
+flags.DEFINE_string("data", "", "the table of a sweep", flag_values=COMPARE)
+flags.DEFINE_string(
+    "baseline", "", "the group to compare with: the name of its runs without -s<seed>",
+    flag_values=COMPARE,
+)  # fmt: skip
 
 SWEEP = program.new_flags()
 flags.DEFINE_string(
@@ -197,6 +205,21 @@ def predict(options: flags.FlagValues) -> None:
             print(f"  {_describe_target(law, options.target, {*STREAMS, options.streams})}")
 
 
+def compare(options: flags.FlagValues) -> None:
+    """The groups of a sweep beside one of them, seed by seed."""
+    from parscale import sweep_groups
+    from parscale.law_study import table
+
+    if not options.data:
+        raise InputError("--data is missing: expected the table of a sweep, <workdir>/runs.csv")
+    groups = sweep_groups.read_groups(options.data)
+    print(table(sweep_groups.compare(groups, options.baseline)))
+    print(
+        "Mean losses, and mean paired differences over the seeds of both with 95 % Student t "
+        "intervals; FLOPs of training as ratios."
+    )
+
+
 def _describe_loss(law, params: float, streams: int) -> str:
     from parscale.law_figures import short
 
@@ -271,6 +294,7 @@ COMMANDS = {
     "sweep": (sweep, SWEEP),
     "fit": (fit, FIT),
     "plot": (plot, PLOT),
+    "compare": (compare, COMPARE),
     "predict": (predict, PREDICT),
 }
 

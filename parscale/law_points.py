@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,15 @@ class PairedEffect(NamedTuple):
 
     params: float
     streams: int
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+class PairedLosses(NamedTuple):
+    """Mean of paired differences and its 95 % Student t interval (NaN for a single pair)."""
+
     mean: float
     low: float
     high: float
@@ -198,16 +208,20 @@ def paired_effect(points: Points) -> list[PairedEffect]:
             both = sorted(alone.keys() & several.keys())
             if not both:
                 continue
-            change = np.array([several[seed] - alone[seed] for seed in both])
-            half = math.nan
-            if len(both) > 1:
-                quantile = special.stdtrit(len(both) - 1, 0.975)
-                half = quantile * change.std(ddof=1) / math.sqrt(len(both))
-            mean = float(change.mean())
-            found.append(
-                PairedEffect(float(base), int(streams), mean, mean - half, mean + half, len(both))
-            )
+            found.append(PairedEffect(float(base), int(streams), *paired(several, alone)))
     return found
+
+
+def paired(losses: Mapping[int, float], others: Mapping[int, float]) -> PairedLosses:
+    """Differences of losses by seed to others, over the seeds of both (at least one)."""
+    seeds = sorted(losses.keys() & others.keys())
+    change = np.array([losses[seed] - others[seed] for seed in seeds])
+    half = math.nan
+    if len(seeds) > 1:
+        quantile = special.stdtrit(len(seeds) - 1, 0.975)
+        half = float(quantile * change.std(ddof=1) / math.sqrt(len(seeds)))
+    mean = float(change.mean())
+    return PairedLosses(mean, mean - half, mean + half, len(seeds))
 
 
 def _by_seed(points: Points) -> dict[int, float]:
