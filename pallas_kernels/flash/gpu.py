@@ -17,7 +17,7 @@ from pallas_kernels.flash.options import Options
 from pallas_kernels.masks import Mask
 
 DTYPES = ("bfloat16", "float16")
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 160
 SHARED_MEMORY = 220 * 1024  # bytes of one program for tiles; Hopper has 227 KiB
 MAX_STAGES = 4
 
@@ -40,7 +40,7 @@ def forward(
     """Output and log-sum-exp, as `pallas_kernels.flash.api` asks of an implementation.
 
     Raises:
-      ValueError: a dtype other than bfloat16 and float16, or a head dimension above 256.
+      ValueError: a dtype other than bfloat16 and float16, or a head dimension above 160.
     """
     _check(q, k, v, prefix)
     N, P, T, K, G, h = q.shape
@@ -76,9 +76,13 @@ def backward(options: Options, q, k, v, mask: Mask, prefix, out, lse, dout, dlse
     return _cut(dq, T, h).reshape(q.shape), dk, dv, dprefix
 
 
+# The largest blocks whose kernels need no (forward) or few registers more than there are. With a
+# head dimension that is a multiple of 64, they are multiples of 64, else of 32.
+
+
 def forward_blocks(h: int) -> Blocks:
     """Of keys, for a padded head dimension."""
-    block = 128 if h <= 160 else 64
+    block = 128 if h <= 128 else 96
     return Blocks(block, _stages(2 * 2 * block * h, 2 * BLOCK * h))
 
 
@@ -111,14 +115,14 @@ def _keys_gradient(options, queries, q, k, v, mask):
 def _prefix_gradient(options, queries, q, prefix):
     """As of keys that every query sees, for each entry of N; then their sum."""
     (N, P, _, K, _, h), M = q.shape, prefix[0].shape[2]
-    slots = [x.swapaxes(1, 2)[None] for x in prefix]
-    # What is computed of the padding is cut away: a key's gradient depends on no other key.
-    whole = [_padded(x[0])[None] for x in slots]
-    static = _static(masks.full(), q, whole[0], None, Blocks(BLOCK, 0))
+    if not M:
+        return tuple(jnp.zeros_like(x) for x in prefix)
+    # Of the padding too, which is cut away: the gradient of a key depends on no other key.
+    k, v = (_padded(x.swapaxes(1, 2)) for x in prefix)
     block_q, stages = keys_blocks(_width(h))
-    static = static._replace(stages=stages)
+    static = _static(masks.full(), q, k[None], None, Blocks(BLOCK, stages))
     visits = gpu_keys.visits(masks.full(), static, block_q, BLOCK, by_keys=True)
-    inputs = gpu_backward.KeyInputs(whole[0][0], whole[1][0], visits, None)
+    inputs = gpu_backward.KeyInputs(k, v, visits, None)
     parts = gpu_backward.keys_gradient(options, static, block_q, queries, inputs)
 
     def total(x):
@@ -149,10 +153,13 @@ def _static(mask, q, k, prefix, blocks):
 
 
 def _inputs(mask, static, k, v, prefix):
-    k, v = (_padded(x.reshape(-1, *x.shape[2:])) for x in (k, v))
-    slots = (None, None) if prefix is None else [_padded(x.swapaxes(1, 2)) for x in prefix]
-    visits = gpu_keys.visits(mask, static, BLOCK, static.block_k)
-    runs = gpu_keys.mask_runs(mask, k.shape[1], static.block_k)
+    block = static.block_k
+    k, v = (_padded(x.reshape(-1, *x.shape[2:]), block) for x in (k, v))
+    slots = (None, None)
+    if static.slots:
+        slots = [_padded(x.swapaxes(1, 2), block) for x in prefix]
+    visits = gpu_keys.visits(mask, static, BLOCK, block)
+    runs = gpu_keys.mask_runs(mask, k.shape[1], block)
     return gpu_keys.Inputs(k, v, *slots, visits, runs)
 
 
@@ -169,10 +176,10 @@ def _vector(x):
     return jnp.pad(x, [(0, 0), (0, 0), (0, -T % BLOCK)])
 
 
-def _padded(x):
+def _padded(x, block=BLOCK):
     """`[b, positions, heads, h]` with whole blocks of positions, and h padded."""
     h = x.shape[-1]
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % BLOCK), (0, 0), (0, _width(h) - h)])
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block), (0, 0), (0, _width(h) - h)])
 
 
 def _cut(x, positions, h):

@@ -48,15 +48,19 @@ def queries_gradient(options: Options, static: Static, queries: Queries, inputs:
 
         def step(hide, step, dq):
             ring.wait("k", step)
-            x, unit = tiles.scores(options, tiles.product(mine["q"], ring.block("k", step)))
+            ring.wait("v", step)
+            k, v = ring.block("k", step), ring.block("v", step)
+            raw, dp = tiles.multiply(
+                tiles.Product(mine["q"], k, transposed=True),
+                tiles.Product(mine["dout"], v, transposed=True),
+            )
+            ring.release("v", step)
+            x, unit = tiles.scores(options, raw)
             p = jnp.exp2(x * unit - tiles.spread(lse, x.shape, 0))
             p = hide(p, 0.0, first)
-            ring.wait("v", step)
-            dp = tiles.product(mine["dout"], ring.block("v", step))
-            ring.release("v", step)
             ds = p * (dp - tiles.spread(delta, x.shape, 0))
             ds = tiles.score_gradient(options, x, ds).astype(dtype)
-            dq = tiles.add_product(dq, ds, ring.block("k", step))
+            (dq,) = tiles.multiply(tiles.Product(ds, k, dq))
             ring.release("k", step)
             return dq
 
@@ -173,16 +177,17 @@ def keys_gradient(
             _, row, kind = visit(step)
             plgpu.barrier_wait(at(memory, "q_ready", step))
             q, dout = at(memory, "q", step), at(memory, "dout", step)
-            x, unit = tiles.scores(options, tiles.product(k_mine, q))
+            (raw,) = tiles.multiply(tiles.Product(k_mine, q, transposed=True))
+            x, unit = tiles.scores(options, raw)
             p = jnp.exp2(x * unit - tiles.spread(vector("lse", step), x.shape, 1))
             p = hide(p, row, kind)
             plgpu.barrier_wait(at(memory, "dout_ready", step))
-            dv = tiles.add_product(dv, p.astype(dtype), dout)
-            dp = tiles.product(v_mine, dout)
+            (dv,) = tiles.multiply(tiles.Product(p.astype(dtype), dout, dv))
+            (dp,) = tiles.multiply(tiles.Product(v_mine, dout, transposed=True))
             ds = p * (dp - tiles.spread(vector("delta", step), x.shape, 1))
             release("dout", step)
             ds = tiles.score_gradient(options, x, ds).astype(dtype)
-            dk = tiles.add_product(dk, ds, q)
+            (dk,) = tiles.multiply(tiles.Product(ds, q, dk))
             release("q", step)
             return dk, dv
 

@@ -19,17 +19,34 @@ from pallas_kernels.flash.gpu_tiles import BLOCK, ROWS, WARPGROUPS
 from pallas_kernels.flash.options import Options
 
 
+def take_turns(turn, warpgroup):
+    """Lets one warpgroup use the tensor cores while the other one computes the softmax.
+
+    Returns:
+      a function that both call twice in each step, where the tensor cores have got what they need
+      and where it needs them again; and one to call before (0) and after (1) all steps, so that
+      one warpgroup is half a step behind.
+    """
+
+    def meet():
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
+
+    return meet, lambda is_after: pl.when(warpgroup == 1 - is_after)(meet)
+
+
 def call(options: Options, static: Static, q, inputs: Inputs):
     """Output, like q `[N P, T, H, h]`, and float32 log-sum-exp `[N P, H, T]`; axes padded."""
     NP, T, H, h = q.shape
 
-    def attend(mine, ring, first):
+    def attend(mine, ring, first, meet):
         """Output and log-sum-exp of 64 queries."""
 
         def step(hide, step, carry):
             sums, total, top = carry
             ring.wait("k", step)
-            raw = tiles.product(mine, ring.block("k", step))
+            q_k = tiles.Product(mine, ring.block("k", step), transposed=True)
+            (raw,) = tiles.multiply(q_k, meanwhile=meet)
             x, unit = tiles.scores(options, raw)
             x = hide(x, -jnp.inf, first)
             ring.release("k", step)
@@ -41,7 +58,9 @@ def call(options: Options, static: Static, q, inputs: Inputs):
             total = total * shrink + jnp.sum(p, 1)
             sums = sums * tiles.spread(shrink, sums.shape, 0)
             ring.wait("v", step)
-            sums = tiles.add_product(sums, p.astype(q.dtype), ring.block("v", step))
+            meet()
+            p_v = tiles.Product(p.astype(q.dtype), ring.block("v", step), sums)
+            (sums,) = tiles.multiply(p_v)
             ring.release("v", step)
             return sums, total, new_top
 
@@ -77,7 +96,10 @@ def call(options: Options, static: Static, q, inputs: Inputs):
             mine, loaded = memory["q"].at[warpgroup], memory["q_ready"].at[warpgroup]
             plgpu.copy_gmem_to_smem(q_ref.at[b, rows, head], mine, loaded)
             plgpu.barrier_wait(loaded)
-            out, lse = attend(mine, ring, first)
+            meet, shift = take_turns(memory["turn"], warpgroup)
+            shift(0)
+            out, lse = attend(mine, ring, first, meet)
+            shift(1)
             mine[...] = out.astype(q.dtype)
             lse_mine = memory["lse"].at[warpgroup]
             lse_mine[...] = lse
@@ -94,6 +116,7 @@ def call(options: Options, static: Static, q, inputs: Inputs):
         "q": tiles.shared((WARPGROUPS, ROWS, h), q.dtype),
         "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS),
+        "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
         **gpu_keys.scratch(static, inputs),
     }
     return tiles.run("attention_forward", program, outs, scratch, (NP, H, T // BLOCK), (q, inputs))

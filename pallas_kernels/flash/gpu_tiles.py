@@ -8,6 +8,7 @@ values are computed as ordinary arrays. `dispatch.interpret()` says which of the
 import functools
 import math
 import operator
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -47,24 +48,48 @@ def spread(x, shape, axis):
     return lax.broadcast_in_dim(x, shape, (axis,))
 
 
-def product(a, b):
-    """a b^T in float32, of tiles in shared memory."""
+class Product(NamedTuple):
+    """sums + a b, or sums + a b^T if `transposed`, in float32.
+
+    Attributes:
+      a: a tile in shared memory or in registers.
+      b: a tile in shared memory.
+      sums: a tile in registers; None: zeros.
+    """
+
+    a: object
+    b: object
+    sums: object = None
+    transposed: bool = False
+
+
+def multiply(*products: Product, meanwhile=lambda: None):
+    """The results of products that are on their way together.
+
+    `meanwhile` is called while they are, before their end is awaited.
+    """
     if dispatch.interpret():
-        contracted = (((1,), (1,)), ((), ()))
-        return lax.dot_general(a[...], b[...], contracted, preferred_element_type=jnp.float32)
+        meanwhile()
+        return [_interpreted(*product) for product in products]
 
-    def multiply(sums):
-        plgpu.wgmma(sums, a, plgpu.transpose_ref(b, (1, 0)))
-        return sums[...]
+    def issue(results):
+        for result, (a, b, _, transposed) in zip(results, products, strict=True):
+            plgpu.wgmma(result, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
+        meanwhile()
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+    def start(product):
+        if product.sums is not None:
+            return product.sums
+        columns = product.b.shape[0 if product.transposed else 1]
+        return filled((product.a.shape[0], columns), 0.0, MATRIX)
+
+    return pl.run_state(issue)([plgpu.ACC.init(start(product)) for product in products])
 
 
-def add_product(sums, a, b):
-    """sums + a b, with `sums` and `a` in registers and `b` in shared memory."""
-    if dispatch.interpret():
-        return sums + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(sums))
+def _interpreted(a, b, sums, transposed):
+    contracted = (((1,), (1 if transposed else 0,)), ((), ()))
+    result = lax.dot_general(a[...], b[...], contracted, preferred_element_type=jnp.float32)
+    return result if sums is None else sums + result
 
 
 def shared(shape, dtype):

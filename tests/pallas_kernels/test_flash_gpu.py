@@ -169,7 +169,7 @@ def test_bad_input(interpreter):
     with pytest.raises(ValueError, match="v of dtype float16"):
         call(q, k, v.astype("float16"), None)
     with pytest.raises(ValueError, match="head dimension"):
-        call(*inputs(8, head_dim=264))
+        call(*inputs(8, head_dim=192))
 
 
 @with_plugin
