@@ -125,18 +125,25 @@ def _row(ptx: pathlib.Path, dtype: str, head_dim: int) -> Row:
     )
 
 
+def h200():
+    """The sharding of arrays on an H200 that programs can be compiled for."""
+    import jax
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
 def compile_all(head_dim: int, dtype: str) -> None:
     """Compiles the kernels in this process."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
     from pallas_kernels import dispatch, masks
     from pallas_kernels.flash import gpu
     from pallas_kernels.flash.options import Options
 
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    device = h200()
 
     def array(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=device)

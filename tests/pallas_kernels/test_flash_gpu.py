@@ -172,6 +172,46 @@ def test_bad_input(interpreter):
         call(*inputs(8, head_dim=192))
 
 
+def gradients(length, sharding=None):
+    """A function, and arrays for it, that uses all kernels: the gradients of a sum."""
+
+    def array(shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    q, kv = array((1, 2, length, 4, 64)), array((1, 2, length, 2, 64))
+    prefix = (array((2, 2, 5, 64)),) * 2
+    intervals = array((1, 1, 2, length), jnp.int32)
+
+    def function(intervals, *arrays):
+        mask = masks.Mask(intervals, causal=True)
+
+        def total(q, k, v, prefix):
+            return attention(q, k, v, mask, prefix=prefix, implementation="pallas_gpu").sum()
+
+        return jax.grad(total, (0, 1, 2, 3))(*arrays)
+
+    return jax.jit(function), (intervals, q, kv, kv, prefix)
+
+
+def test_kernels_do_all_products():
+    """One kernel forward; backward those of queries, of keys and of the prefix."""
+    function, arrays = gradients(256)
+    with dispatch.compiling_for("cuda"):
+        program = function.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("custom_call @mosaic_gpu") == 4
+    assert "dot_general" not in program
+
+
+@with_plugin
+def test_memory_is_linear():
+    T = 32768
+    function, arrays = gradients(T, static_gpu.h200())
+    with dispatch.compiling_for("cuda"):
+        memory = function.lower(*arrays).compile().memory_analysis()
+    of_inputs = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+    assert memory.temp_size_in_bytes < 2 * of_inputs
+
+
 @with_plugin
 @pytest.mark.multiprocess
 def test_compiles_for_an_h200():
