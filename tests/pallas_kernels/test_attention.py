@@ -20,13 +20,16 @@ B, P, M = 2, 2, 5
 
 
 def inputs(T, S=None, heads=4, kv_heads=2, head_dim=16, prefix=True, dtype=jnp.float32, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 5)
+    random = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(random.standard_normal(shape, np.float32), dtype)
     S = S or T
-    q = jax.random.normal(keys[0], (B, P, T, heads, head_dim), dtype)
-    k = jax.random.normal(keys[1], (B, P, S, kv_heads, head_dim), dtype)
-    v = jax.random.normal(keys[2], (B, P, S, kv_heads, head_dim), dtype)
-    slots = [jax.random.normal(key, (P, kv_heads, M, head_dim), dtype) for key in keys[3:]]
+    q = normal(B, P, T, heads, head_dim)
+    k, v = (normal(B, P, S, kv_heads, head_dim) for _ in range(2))
+    slots = [normal(P, kv_heads, M, head_dim) for _ in range(2)]
     return q, k, v, tuple(slots) if prefix else None
+
+
+packed = jax.jit(masks.packed)
 
 
 def ratio(got, expected):
@@ -49,12 +52,10 @@ def run(implementation, mask, soft_cap, arrays):
         return out, finite(lse)
 
     (out, lse), pull = jax.vjp(function, *arrays)
-    keys = jax.random.split(jax.random.key(9), 2)
-    cotangents = (
-        jax.random.normal(keys[0], out.shape, out.dtype),
-        jax.random.normal(keys[1], lse.shape, lse.dtype),
+    waves = lambda x: (
+        jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype)
     )
-    return (out, lse), pull(cotangents)
+    return (out, lse), pull((waves(out), waves(lse)))
 
 
 jitted = jax.jit(run, static_argnums=(0, 2))
@@ -95,14 +96,12 @@ def test_oracle_is_the_definition(soft_cap):
 
 @pytest.mark.parametrize(
     ("kind", "T"),
-    [("packed", T) for T in (1, 2, 128, 129, 300)]
-    + [("causal", T) for T in (2, 300)]
-    + [("full", 129)],
+    [("packed", 1), ("packed", 2), ("packed", 128), ("causal", 300), ("full", 129)],
 )
 def test_lengths_and_masks(T, kind):
     mask = {
         "causal": masks.causal(),
-        "packed": masks.packed(documents(B, T)),
+        "packed": packed(documents(B, T)),
         "full": masks.full(),
     }[kind]
     compare(mask, inputs(T, prefix=kind != "full"))
@@ -134,7 +133,7 @@ def test_every_mask_and_one_compilation_for_all():
 
 
 def test_masks_of_streams_may_differ():
-    intervals = jnp.stack([masks.packed(documents(B, 150, seed)).intervals for seed in range(P)], 1)
+    intervals = jnp.stack([packed(documents(B, 150, seed)).intervals for seed in range(P)], 1)
     compare(masks.Mask(intervals, causal=True), inputs(150))
 
 
@@ -145,7 +144,7 @@ def test_what_is_in_hidden_blocks_does_not_matter():
     ids = jnp.where(jnp.arange(T) < 128, 1, jnp.where(jnp.arange(T) < 256, 0, 2))
     hidden = (ids == 0)[:, None, None]
     poisoned = q, jnp.where(hidden, jnp.nan, k), jnp.where(hidden, jnp.nan, v), prefix
-    outputs = [run("xla", masks.packed(ids), None, x) for x in ((q, k, v, prefix), poisoned)]
+    outputs = [jitted("xla", packed(ids), None, x) for x in ((q, k, v, prefix), poisoned)]
     for one, other in zip(*map(jax.tree.leaves, outputs), strict=True):
         assert np.array_equal(one, other)
 
@@ -162,10 +161,10 @@ def test_head_widths_of_the_paper(head_dim):
 
 @pytest.mark.parametrize("T", [40, 140])
 def test_soft_cap(T):
-    compare(masks.packed(documents(B, T)), inputs(T), soft_cap=2.0)
+    compare(packed(documents(B, T)), inputs(T), soft_cap=2.0)
 
 
-@pytest.mark.parametrize(("T", "S"), [(3, 50), (128, 200), (200, 130)])
+@pytest.mark.parametrize(("T", "S"), [(3, 50), (200, 130)])
 def test_as_many_keys_as_the_cache_has_slots(T, S):
     positions = jnp.arange(T) + jnp.array([[0], [4]])
     compare(masks.cached(positions, S), inputs(T, S))
@@ -183,7 +182,7 @@ def test_rows_that_see_nothing(T):
         out, lse = attention(q, k, v, masks.packed(ids), return_lse=True)
         return jnp.sum(out**2), (out, lse)
 
-    gradients, (out, lse) = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    gradients, (out, lse) = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, k, v)
     empty = np.asarray(ids == 0)
     assert (np.moveaxis(np.asarray(out), 1, 2)[empty] == 0).all()
     assert np.isneginf(np.moveaxis(np.asarray(lse), 1, 2)[empty]).all()
