@@ -132,17 +132,23 @@ def _prefix_gradient(options, queries, q, prefix):
     return tuple(total(x) for x in parts)
 
 
-def _check(q, k, v, prefix):
+def unfit(q) -> str:
+    """Why these kernels cannot take `q`, by its dtype and shape; "" if they can."""
     if q.dtype not in DTYPES:
-        raise ValueError(f"q.dtype is {q.dtype}: 'pallas_gpu' expects bfloat16 or float16")
+        return f"q.dtype is {q.dtype}: 'pallas_gpu' expects bfloat16 or float16"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"q {q.shape}: 'pallas_gpu' expects a head dimension of at most {MAX_HEAD_DIM}"
+    return ""
+
+
+def _check(q, k, v, prefix):
+    why = unfit(q)
+    if why:
+        raise ValueError(why)
     slots = dict(zip(("prefix keys", "prefix values"), prefix or (), strict=False))
     for name, x in {"k": k, "v": v, **slots}.items():
         if x.dtype != q.dtype:
             raise ValueError(f"{name} of dtype {x.dtype}: expected {q.dtype}, as of q")
-    if q.shape[-1] > MAX_HEAD_DIM:
-        raise ValueError(
-            f"q {q.shape}: 'pallas_gpu' expects a head dimension of at most {MAX_HEAD_DIM}"
-        )
 
 
 def _static(mask, q, k, prefix, blocks):

@@ -57,10 +57,9 @@ def queries_gradient(options: Options, static: Static, queries: Queries, inputs:
             ring.release("v", step)
             x, unit = tiles.scores(options, raw)
             p = jnp.exp2(x * unit - tiles.spread(lse, x.shape, 0))
-            p = hide(p, 0.0, first)
             ds = p * (dp - tiles.spread(delta, x.shape, 0))
-            ds = tiles.score_gradient(options, x, ds).astype(dtype)
-            (dq,) = tiles.multiply(tiles.Product(ds, k, dq))
+            ds = hide(tiles.score_gradient(options, x, ds), 0.0, first)
+            (dq,) = tiles.multiply(tiles.Product(ds.astype(dtype), k, dq))
             ring.release("k", step)
             return dq
 
@@ -186,8 +185,9 @@ def keys_gradient(
             (dp,) = tiles.multiply(tiles.Product(v_mine, dout, transposed=True))
             ds = p * (dp - tiles.spread(vector("delta", step), x.shape, 1))
             release("dout", step)
-            ds = tiles.score_gradient(options, x, ds).astype(dtype)
-            (dk,) = tiles.multiply(tiles.Product(ds, q, dk))
+            # Of a hidden pair, p = 0 may have met an infinite dp.
+            ds = hide(tiles.score_gradient(options, x, ds), row, kind)
+            (dk,) = tiles.multiply(tiles.Product(ds.astype(dtype), q, dk))
             release("q", step)
             return dk, dv
 
