@@ -12,8 +12,6 @@ from pallas_kernels.flash.tpu_common import LANES, LOG2_E, Layout
 # Of a tile, by bytes of a number: rows (query positions of all heads of a group), and keys.
 FORWARD_TILES = {2: (1024, 1024), 4: (512, 512)}
 BACKWARD_TILES = {2: (512, 512), 4: (256, 512)}
-# The list of tiles lies in scalar memory, of which there is 1 MiB.
-LIST_BYTES = 3 * 2**18
 
 
 def forward(options, q, k, v, mask, prefix, blocks=None):
@@ -67,9 +65,9 @@ def backward(options, q, k, v, mask, prefix, out, lse, dout, dlse, blocks=None):
 def _prepare(tiles, q, k, v, mask, prefix, blocks) -> tuple[Layout, object, tuple]:
     """The layout, the kinds of its tiles, and the folded arrays that all kernels read."""
     dtype = jnp.result_type(q, k, v)
-    masks = 1 if mask.intervals is None else math.prod(mask.intervals.shape[:2])
-    most = tiles[dtype.itemsize]
-    sizes = blocks or block_sizes(most, q.shape[2], k.shape[2], q.shape[4], masks)
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"q, k, v of {dtype}: the TPU kernels take bfloat16 and float32")
+    sizes = blocks or block_sizes(tiles[dtype.itemsize], q.shape[2], k.shape[2], q.shape[4])
     layout, kinds = common.make_layout(q, k, mask, prefix, *sizes)
     return (
         layout,
@@ -85,29 +83,18 @@ def _prepare(tiles, q, k, v, mask, prefix, blocks) -> tuple[Layout, object, tupl
     )
 
 
-def block_sizes(most: tuple[int, int], T: int, S: int, G: int, masks: int = 1) -> tuple[int, int]:
+def block_sizes(most: tuple[int, int], T: int, S: int, G: int) -> tuple[int, int]:
     """Query positions and keys of a tile: equal shares of the sequence, in whole registers.
 
     Args:
       most: rows and keys of a tile.
-      masks: how many lists of tiles there are.
-
-    Raises:
-      ValueError: so many masks of so many tiles that the lists do not fit in scalar memory.
     """
     rows, keys = most
     unit = max(16, LANES // math.gcd(G, LANES))
-    block_q = _share(T, max(rows // G, unit), unit)
-    block_k = _share(S, keys, LANES)
-    tiles = masks * -(-T // block_q) * -(-S // block_k)
-    if 4 * tiles > LIST_BYTES:
-        raise ValueError(
-            f"{masks} masks of {tiles // masks} tiles each: expected at most {LIST_BYTES // 4} "
-            "tiles; fewer rows of a batch in one call, or one mask for all, have fewer"
-        )
-    return block_q, block_k
+    return _share(T, rows // G, unit), _share(S, keys, LANES)
 
 
 def _share(length: int, most: int, unit: int) -> int:
-    """Size of the blocks, a multiple of `unit` near `most` at most, that cut `length` evenly."""
+    """Size of the blocks, in whole units and `most` at most, that cut `length` evenly."""
+    most = max(most // unit * unit, unit)
     return common.round_up(-(-length // -(-length // most)), unit)

@@ -22,6 +22,7 @@ from pallas_kernels.masks import Mask
 from pallas_kernels.masks.blocks import EMPTY, FULL, PARTIAL, block_kinds, tile_list
 
 LANES = 128
+LIST_LIMIT = 3 * 2**18  # bytes, of the 1 MiB of scalar memory
 VMEM_LIMIT = 15 * 2**20  # bytes; the least of any target is 16 MiB
 LOG2_E = math.log2(math.e)
 # Below every score, and finite: the difference to a masked score, -inf, is then no NaN.
@@ -130,9 +131,21 @@ class Visits(NamedTuple):
 
 
 def visits(kinds: Int[Array, "*lead I J"], *, by_keys: bool = False) -> Visits:
-    """All tiles that are not EMPTY, those of one block of queries (or keys) after each other."""
+    """All tiles that are not EMPTY, those of one block of queries (or keys) after each other.
+
+    Raises:
+      ValueError: the lists do not fit in scalar memory.
+    """
     listed = kinds.swapaxes(-1, -2) if by_keys else kinds
     codes, count = tile_list(listed)
+    if isinstance(count, int):
+        codes = codes[..., :count]
+    if 4 * codes.size > LIST_LIMIT:
+        raise ValueError(
+            f"mask: {math.prod(codes.shape[:-1])} lists of {codes.shape[-1]} tiles, expected at "
+            f"most {LIST_LIMIT // 4} tiles in all; have fewer rows with masks of their own in one "
+            "call, or shorter ones"
+        )
     flat = jnp.asarray(codes).reshape(-1)
     return Visits(flat, count, codes.shape[-1], listed.shape[-1], by_keys)
 

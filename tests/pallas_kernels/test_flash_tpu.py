@@ -22,8 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import dispatch, masks
-from pallas_kernels.flash import oracle, tpu
+from pallas_kernels.flash import oracle, tpu, tpu_common
 from pallas_kernels.flash.options import Options
+from pallas_kernels.masks.blocks import FULL
 
 N, P = 2, 2
 TOPOLOGIES = {
@@ -239,9 +240,20 @@ def test_twenty_masks_compile_once():
     assert function._cache_size() == 1
 
 
-def test_too_many_tiles_are_refused():
-    with pytest.raises(ValueError, match="500 masks of 1024 tiles each"):
-        tpu.block_sizes((1024, 1024), 2**15, 2**15, 1, masks=500)
+def test_what_does_not_fit_is_refused():
+    kinds = np.full((500, 1, 32, 32), FULL)
+    with pytest.raises(ValueError, match="500 lists of 1024 tiles"):
+        tpu_common.visits(jnp.asarray(kinds))
+    q, k, v, *_ = inputs(16, dtype=jnp.float16)
+    with pytest.raises(ValueError, match="float16"):
+        tpu.forward(Options(1.0, None), q, k, v, masks.full(), None)
+
+
+def test_blocks_share_the_sequence_evenly():
+    assert tpu.block_sizes((1024, 512), T=4096, S=4096, G=1) == (1024, 512)
+    assert tpu.block_sizes((1024, 512), T=1100, S=600, G=1) == (640, 384)
+    assert tpu.block_sizes((1024, 512), T=1, S=1, G=8) == (16, 128)
+    assert tpu.block_sizes((1024, 512), T=100, S=100, G=48) == (16, 128)
 
 
 def compile_for(target, mask, arrays, soft_cap, blocks=None):
