@@ -194,7 +194,7 @@ def _own(step: Step, blocks: int):
     import jax.numpy as jnp
 
     from pallas_kernels import masks
-    from pallas_kernels.flash import tpu_backward, tpu_common, tpu_forward
+    from pallas_kernels.flash import tpu_backward, tpu_forward, tpu_layout
     from pallas_kernels.flash.options import Options
     from pallas_kernels.masks.blocks import FULL, PARTIAL
 
@@ -203,7 +203,7 @@ def _own(step: Step, blocks: int):
     T, S = q_blocks * step.rows, k_blocks * step.keys
     q = jax.ShapeDtypeStruct((1, 1, T, 1, 1, step.h), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, 1, S, 1, step.h), jnp.bfloat16)
-    layout, _ = tpu_common.make_layout(q, k, masks.full(), None, step.rows, step.keys)
+    layout, _ = tpu_layout.make_layout(q, k, masks.full(), None, step.rows, step.keys)
     partial = step.kind == "partial"
     layout = layout._replace(causal=partial, kinds=frozenset({PARTIAL if partial else FULL}))
     visits = _EveryTile(blocks * COLUMNS, by_keys, step.kind == "whole")

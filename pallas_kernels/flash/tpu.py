@@ -5,9 +5,9 @@ import math
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.flash import tpu_backward, tpu_forward
+from pallas_kernels.flash import tpu_backward, tpu_forward, tpu_layout
 from pallas_kernels.flash import tpu_common as common
-from pallas_kernels.flash.tpu_common import LANES, LOG2_E, Layout
+from pallas_kernels.flash.tpu_layout import LANES, Layout
 
 # Of a tile, by bytes of a number: rows (query positions of all heads of a group), and keys.
 FORWARD_TILES = {2: (1024, 1024), 4: (512, 512)}
@@ -20,8 +20,8 @@ def forward(options, q, k, v, mask, prefix, blocks=None):
     out, lse = tpu_forward.forward(
         options, layout, common.visits(kinds), arrays, dispatch.interpret()
     )
-    out = common.unfold_queries(layout, out).astype(q.dtype)
-    return out, common.unfold_rows(layout, lse)
+    out = tpu_layout.unfold_queries(layout, out).astype(q.dtype)
+    return out, tpu_layout.unfold_rows(layout, lse)
 
 
 def backward(options, q, k, v, mask, prefix, out, lse, dout, dlse, blocks=None):
@@ -32,11 +32,11 @@ def backward(options, q, k, v, mask, prefix, out, lse, dout, dlse, blocks=None):
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), -1) - dlse
     delta = jnp.where(sees, delta, 0.0)
     # Probabilities of a query that sees nothing, and of padding, are then zero.
-    lse = jnp.where(sees, lse * LOG2_E, -common.LOWEST)
+    lse = jnp.where(sees, lse * common.LOG2_E, -common.LOWEST)
     shared = (
-        common.fold_queries(layout, dout.astype(folded_q.dtype)),
-        common.fold_rows(layout, lse, -common.LOWEST),
-        common.fold_rows(layout, delta, 0.0),
+        tpu_layout.fold_queries(layout, dout.astype(folded_q.dtype)),
+        tpu_layout.fold_rows(layout, lse, -common.LOWEST),
+        tpu_layout.fold_rows(layout, delta, 0.0),
         dispatch.interpret(),
     )
     dq = tpu_backward.query_gradients(options, layout, common.visits(kinds), arrays, *shared)
@@ -55,9 +55,9 @@ def backward(options, q, k, v, mask, prefix, out, lse, dout, dlse, blocks=None):
             part[:, :, : layout.M].astype(x.dtype) for part, x in zip(parts, prefix, strict=True)
         )
     return (
-        common.unfold_queries(layout, dq).astype(q.dtype),
-        common.unfold_keys(layout, dk).astype(k.dtype),
-        common.unfold_keys(layout, dv).astype(v.dtype),
+        tpu_layout.unfold_queries(layout, dq).astype(q.dtype),
+        tpu_layout.unfold_keys(layout, dk).astype(k.dtype),
+        tpu_layout.unfold_keys(layout, dv).astype(v.dtype),
         dprefix,
     )
 
@@ -68,16 +68,16 @@ def _prepare(tiles, q, k, v, mask, prefix, blocks) -> tuple[Layout, object, tupl
     if dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"q, k, v of {dtype}: the TPU kernels take bfloat16 and float32")
     sizes = blocks or block_sizes(tiles[dtype.itemsize], q.shape[2], k.shape[2], q.shape[4])
-    layout, kinds = common.make_layout(q, k, mask, prefix, *sizes)
+    layout, kinds = tpu_layout.make_layout(q, k, mask, prefix, *sizes)
     return (
         layout,
         kinds,
         (
-            common.fold_queries(layout, q.astype(dtype)),
-            common.fold_keys(layout, k.astype(dtype)),
-            common.fold_keys(layout, v.astype(dtype)),
-            common.fold_runs(layout, mask) if layout.R else None,
-            *(common.fold_prefix(layout, x, dtype) for x in prefix or ()),
+            tpu_layout.fold_queries(layout, q.astype(dtype)),
+            tpu_layout.fold_keys(layout, k.astype(dtype)),
+            tpu_layout.fold_keys(layout, v.astype(dtype)),
+            tpu_layout.fold_runs(layout, mask) if layout.R else None,
+            *(tpu_layout.fold_prefix(layout, x, dtype) for x in prefix or ()),
             *((None, None) if prefix is None else ()),
         ),
     )
@@ -97,4 +97,4 @@ def block_sizes(most: tuple[int, int], T: int, S: int, G: int) -> tuple[int, int
 def _share(length: int, most: int, unit: int) -> int:
     """Size of the blocks, in whole units and `most` at most, that cut `length` evenly."""
     most = max(most // unit * unit, unit)
-    return common.round_up(-(-length // -(-length // most)), unit)
+    return tpu_layout.round_up(-(-length // -(-length // most)), unit)

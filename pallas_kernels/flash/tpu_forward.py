@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash import tpu_common as common
-from pallas_kernels.flash.tpu_common import LANES, LOWEST, Layout, Visits, cap, product, spread
+from pallas_kernels.flash.tpu_common import LOWEST, Visits, cap, product, spread
+from pallas_kernels.flash.tpu_layout import LANES, Layout
 from pallas_kernels.masks.blocks import FULL, PARTIAL
 
 CHUNK = 512  # keys

@@ -311,5 +311,5 @@ def test_memory_is_linear_in_the_length():
     )
     mask = jax.eval_shape(lambda: per_row(masks.packed(np.ones((N, T), int))))
     for program in compile_for("v5e", mask, arrays, None, blocks=(256, 256)):
-        memory = program.memory_analysis()
-        assert memory.temp_size_in_bytes < 24 * 2 * N * P * T * 128
+        # Folded copies of all arrays, and the lists; an array T x T would be 256 times q.
+        assert program.memory_analysis().temp_size_in_bytes < 12 * 2 * N * P * T * 128
