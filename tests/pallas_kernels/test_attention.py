@@ -149,14 +149,12 @@ def test_what_is_in_hidden_blocks_does_not_matter():
         assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize("heads", [2, 16])
-def test_query_heads_that_share_a_key_head(heads):
-    compare(masks.causal(), inputs(130, heads=heads))
-
-
-@pytest.mark.parametrize("head_dim", [56, 160])
-def test_head_widths_of_the_paper(head_dim):
-    compare(masks.causal(), inputs(129, head_dim=head_dim, prefix=False))
+@pytest.mark.parametrize(
+    ("group", "head_dim"), [(1, 56), (4, 64), (8, 80), (1, 96), (4, 128), (8, 160)]
+)
+def test_heads_that_share_a_key_head_and_widths_of_the_paper(group, head_dim):
+    arrays = inputs(129, heads=group, kv_heads=1, head_dim=head_dim, prefix=False)
+    compare(masks.causal(), arrays)
 
 
 @pytest.mark.parametrize("T", [40, 140])
