@@ -40,11 +40,12 @@ def forward(
     """Output and log-sum-exp, as `pallas_kernels.flash.api` asks of an implementation.
 
     Raises:
-      ValueError: a dtype other than bfloat16 and float16, or a head dimension above 160.
+      ValueError: a dtype other than bfloat16 and float16, a head dimension above 160, or more
+        runs than fit.
     """
     _check(q, k, v, prefix)
     N, P, T, K, G, h = q.shape
-    static = _static(mask, q, k, prefix, forward_blocks(_width(h)))
+    static = _static(mask, q, k, prefix, forward_blocks(_width(h), _runs(mask)))
     inputs = _inputs(mask, static, k, v, prefix)
     out, lse = gpu_forward.call(options, static, _queries(q), inputs)
     lse = lse[:, :, :T].reshape(N, P, K, G, T)
@@ -65,7 +66,7 @@ def backward(options: Options, q, k, v, mask: Mask, prefix, out, lse, dout, dlse
     queries = gpu_backward.Queries(
         _queries(q), _queries(dout.astype(q.dtype)), _vector(lse * LOG2_E), _vector(delta)
     )
-    static = _static(mask, q, k, prefix, queries_blocks(_width(h)))
+    static = _static(mask, q, k, prefix, queries_blocks(_width(h), _runs(mask)))
     inputs = _inputs(mask, static, k, v, prefix)
     dq = gpu_backward.queries_gradient(options, static, queries, inputs)
     dk, dv = _keys_gradient(options, queries, q, k, v, mask)
@@ -80,30 +81,37 @@ def backward(options: Options, q, k, v, mask: Mask, prefix, out, lse, dout, dlse
 # head dimension that is a multiple of 64, they are multiples of 64, else of 32.
 
 
-def forward_blocks(h: int) -> Blocks:
-    """Of keys, for a padded head dimension."""
+def forward_blocks(h: int, runs: int) -> Blocks:
+    """Of keys, for a padded head dimension and a number R of runs."""
     block = 128 if h <= 128 else 96
-    return Blocks(block, _stages(2 * 2 * block * h, 2 * BLOCK * h))
+    return Blocks(block, _stages(block * (2 * 2 * h + 8 * runs), 2 * BLOCK * h, runs))
 
 
-def queries_blocks(h: int) -> Blocks:
+def queries_blocks(h: int, runs: int) -> Blocks:
     """Of keys, where gradients of queries are computed."""
     block = 128 if h <= 64 else 64
-    return Blocks(block, _stages(2 * 2 * block * h, 2 * 2 * BLOCK * h))
+    return Blocks(block, _stages(block * (2 * 2 * h + 8 * runs), 2 * 2 * BLOCK * h, runs))
 
 
-def keys_blocks(h: int) -> Blocks:
+def keys_blocks(h: int, runs: int) -> Blocks:
     """Of queries, where gradients of keys are computed."""
     block = 64 if h <= 128 else 32
-    return Blocks(block, _stages(2 * 2 * block * h, 2 * 2 * BLOCK * h))
+    return Blocks(block, _stages(block * (2 * 2 * h + 8), BLOCK * (2 * 2 * h + 8 * runs), runs))
 
 
-def _stages(each, fixed):
-    return min(MAX_STAGES, (SHARED_MEMORY - fixed) // each)
+def _stages(each, fixed, runs):
+    stages = min(MAX_STAGES, (SHARED_MEMORY - fixed) // each)
+    if stages < 1:
+        raise ValueError(f"a mask of {runs} runs: 'pallas_gpu' has no shared memory for as many")
+    return stages
+
+
+def _runs(mask):
+    return 0 if mask.intervals is None else mask.intervals.shape[-3]
 
 
 def _keys_gradient(options, queries, q, k, v, mask):
-    block_q, stages = keys_blocks(_width(q.shape[-1]))
+    block_q, stages = keys_blocks(_width(q.shape[-1]), _runs(mask))
     static = _static(mask, q, k, None, Blocks(BLOCK, stages))
     k, v = (_padded(x.reshape(-1, *x.shape[2:])) for x in (k, v))
     visits = gpu_keys.visits(mask, static, block_q, BLOCK, by_keys=True)
@@ -119,7 +127,7 @@ def _prefix_gradient(options, queries, q, prefix):
         return tuple(jnp.zeros_like(x) for x in prefix)
     # Of the padding too, which is cut away: the gradient of a key depends on no other key.
     k, v = (_padded(x.swapaxes(1, 2)) for x in prefix)
-    block_q, stages = keys_blocks(_width(h))
+    block_q, stages = keys_blocks(_width(h), 0)
     static = _static(masks.full(), q, k[None], None, Blocks(BLOCK, stages))
     visits = gpu_keys.visits(masks.full(), static, block_q, BLOCK, by_keys=True)
     inputs = gpu_backward.KeyInputs(k, v, visits, None)

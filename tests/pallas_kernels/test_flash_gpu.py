@@ -174,15 +174,15 @@ def test_bad_input(interpreter):
         call(*inputs(8, head_dim=192))
 
 
-def gradients(length, sharding=None):
+def gradients(length, head_dim=64, runs=1, sharding=None):
     """A function, and arrays for it, that uses all kernels: the gradients of a sum."""
 
     def array(shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    q, kv = array((1, 2, length, 4, 64)), array((1, 2, length, 2, 64))
-    prefix = (array((2, 2, 5, 64)),) * 2
-    intervals = array((1, 1, 2, length), jnp.int32)
+    q, kv = array((1, 2, length, 4, head_dim)), array((1, 2, length, 2, head_dim))
+    prefix = (array((2, 2, 5, head_dim)),) * 2
+    intervals = array((1, runs, 2, length), jnp.int32)
 
     def function(intervals, *arrays):
         mask = masks.Mask(intervals, causal=True)
@@ -205,9 +205,11 @@ def test_kernels_do_all_products():
 
 
 @with_plugin
-def test_memory_is_linear():
+@pytest.mark.parametrize(("head_dim", "runs"), [(64, 9), (96, 2), (128, 1), (160, 4)])
+def test_memory_is_linear(head_dim, runs):
+    """And shared memory suffices for masks of several runs."""
     T = 32768
-    function, arrays = gradients(T, static_gpu.h200())
+    function, arrays = gradients(T, head_dim, runs, static_gpu.h200())
     with dispatch.compiling_for("cuda"):
         memory = function.lower(*arrays).compile().memory_analysis()
     of_inputs = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
