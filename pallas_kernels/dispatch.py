@@ -47,14 +47,18 @@ def check(implementation: str | None, names: Iterable[str]):
     if implementation not in names:
         known = ", ".join(names)
         raise ValueError(f"implementation={implementation!r}: expected one of {known}, or None")
-    needed = PLATFORM_OF.get(implementation)
-    if needed is not None and _interpret.value is None:
-        why = _unfit(needed)
+    if implementation in PLATFORM_OF and _interpret.value is None:
+        why = _unfit(PLATFORM_OF[implementation])
         if why:
             raise ValueError(
                 f"implementation={implementation!r} cannot run here: {why}; "
                 "None chooses one that can"
             )
+
+
+def fits(implementation: str) -> bool:
+    """Whether a Pallas implementation can run where the program being traced will."""
+    return not _unfit(PLATFORM_OF[implementation])
 
 
 def choose(implementation: str | None, functions: Mapping[str, Callable]) -> Callable:
@@ -72,7 +76,7 @@ def choose(implementation: str | None, functions: Mapping[str, Callable]) -> Cal
     fitting = {
         PLATFORM_OF[name]: function
         for name, function in functions.items()
-        if name in PLATFORM_OF and not _unfit(PLATFORM_OF[name])
+        if name in PLATFORM_OF and fits(name)
     }
     if not fitting:
         return functions["xla"]

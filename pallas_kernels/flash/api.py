@@ -41,10 +41,6 @@ MODULES = {
     "pallas_tpu": "pallas_kernels.flash.tpu",
     "pallas_gpu": "pallas_kernels.flash.gpu",
 }
-# What the GPU kernels take, and raise for otherwise.
-GPU_DTYPES = ("bfloat16", "float16")
-GPU_HEAD_DIM = 256
-
 FORWARD = {name: _lazily(module, "forward") for name, module in MODULES.items()}
 BACKWARD = {name: _lazily(module, "backward") for name, module in MODULES.items()}
 
@@ -126,8 +122,11 @@ def _backward(static, saved, cotangents):
 def _choose(functions, static, q):
     implementation, options = static
     functions = {name: functools.partial(f, options) for name, f in functions.items()}
-    if implementation is None and (q.dtype not in GPU_DTYPES or q.shape[-1] > GPU_HEAD_DIM):
-        del functions["pallas_gpu"]
+    if implementation is None and dispatch.fits("pallas_gpu"):
+        from pallas_kernels.flash import gpu
+
+        if gpu.unfit(q):
+            del functions["pallas_gpu"]
     return dispatch.choose(implementation, functions)
 
 
