@@ -1,12 +1,8 @@
 """What the compiler says about the GPU kernels, for an H200, on a machine that need not have one.
 
-python -m experiments.static_gpu
-python -m experiments.static_gpu --head_dim=64,128 --dtype=bfloat16
-
-A line for each kernel: registers of a thread when it starts (the warpgroups then divide them anew),
-bytes of registers spilled to local memory, wgmma instructions in the program, bytes of shared
-memory of a block. These are facts about code: nothing here is a time. Each head dimension and dtype
-is compiled in a process of its own. Needs `pip install -e '.[gpu]'`, and ptxas.
+Registers of a thread when a kernel starts (the warpgroups then divide them anew), bytes of them
+spilled to local memory, wgmma instructions in the program, bytes of shared memory of a block. These
+are facts about code: nothing here is a time. Needs `pip install -e '.[gpu]'`, and ptxas.
 """
 
 import importlib.util
@@ -18,14 +14,7 @@ import sys
 import tempfile
 from typing import NamedTuple
 
-from absl import flags
-
-from experiments import program
 from sharding.settings import InputError
-
-FLAGS = program.new_flags()
-flags.DEFINE_list("head_dim", ["64", "128"], "head dimensions", flag_values=FLAGS)
-flags.DEFINE_list("dtype", ["bfloat16"], "bfloat16, float16 or both", flag_values=FLAGS)
 
 MISSING = "needs the CUDA plugin of jax (jax-cuda13-plugin): pip install -e '.[gpu]'"
 
@@ -170,13 +159,3 @@ def compile_all(head_dim: int, dtype: str) -> None:
     with dispatch.compiling_for("cuda"):
         jax.jit(forward).lower(*arrays).compile()
         jax.jit(backward).lower(*arrays, q, lse, q, lse).compile()
-
-
-def main(flags):
-    table = rows([int(h) for h in flags.head_dim], flags.dtype)
-    for row in [Row._fields, *table]:
-        print("".join(f"{value!s:>{20 if n == 0 else 11}}" for n, value in enumerate(row)))
-
-
-if __name__ == "__main__":
-    program.run(main, FLAGS)

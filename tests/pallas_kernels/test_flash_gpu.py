@@ -14,18 +14,11 @@ import pytest
 
 from experiments import static_gpu
 from pallas_kernels import attention, dispatch, masks
-from pallas_kernels.flash import api, gpu
-from pallas_kernels.masks.examples import all_masks
+from pallas_kernels.masks.examples import example
 
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 off_gpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs on the GPU instead")
 with_plugin = pytest.mark.skipif(not static_gpu.installed(), reason=static_gpu.MISSING)
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(api.FORWARD, "pallas_gpu", gpu.forward)
-    monkeypatch.setitem(api.BACKWARD, "pallas_gpu", gpu.backward)
 
 
 @pytest.fixture
@@ -116,14 +109,17 @@ CASES = {
     "groups, padded head": ("dilated_window", {"heads": 4, "head_dim": 80, "T": 100}, {}),
     "soft cap": ("sliding_window", {"T": 256}, {"soft_cap": 3.0}),
 }
+FAST = ("prefix",)  # the interpreter takes 10 s for a case
 
 
 @off_gpu
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_interpreted(name, interpreter):
     kind, changes, options = CASES[name]
     sizes = {"T": 150, **changes}
-    mask = all_masks(sizes.get("rows", 1), sizes["T"])[kind]
+    mask = example(kind, sizes.get("rows", 1), sizes["T"])
     agree(mask, inputs(**sizes), **options)
 
 
@@ -233,6 +229,6 @@ def test_compiles_for_an_h200():
 @pytest.mark.parametrize("kind", ["causal", "packed", "fork_join", "dilated_window", "tree"])
 def test_on_gpu(kind, head_dim):
     T = 700
-    agree(all_masks(2, T)[kind], inputs(T, heads=8, kv_heads=2, head_dim=head_dim, rows=2))
+    agree(example(kind, 2, T), inputs(T, heads=8, kv_heads=2, head_dim=head_dim, rows=2))
     arrays = inputs(T, heads=4, kv_heads=4, head_dim=head_dim, rows=2, streams=2, slots=48)
-    agree(all_masks(2, T)[kind], arrays, soft_cap=20.0)
+    agree(example(kind, 2, T), arrays, soft_cap=20.0)
