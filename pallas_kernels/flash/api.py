@@ -122,11 +122,10 @@ def _backward(static, saved, cotangents):
 def _choose(functions, static, q):
     implementation, options = static
     functions = {name: functools.partial(f, options) for name, f in functions.items()}
-    if implementation is None and dispatch.fits("pallas_gpu"):
-        from pallas_kernels.flash import gpu
-
-        if gpu.unfit(q):
-            del functions["pallas_gpu"]
+    if implementation is None:
+        for name in dispatch.PLATFORM_OF:
+            if dispatch.fits(name) and importlib.import_module(MODULES[name]).unfit(q):
+                del functions[name]
     return dispatch.choose(implementation, functions)
 
 

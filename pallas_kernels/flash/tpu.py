@@ -13,6 +13,8 @@ from pallas_kernels.flash.tpu_layout import LANES, Layout
 FORWARD_TILES = {2: (1024, 1024), 4: (512, 512)}
 BACKWARD_TILES = {2: (512, 512), 4: (256, 512)}
 
+DTYPES = ("bfloat16", "float32")
+
 
 def forward(options, q, k, v, mask, prefix, blocks=None):
     """`blocks`: query positions and keys of a tile, for tests and measurements."""
@@ -62,11 +64,19 @@ def backward(options, q, k, v, mask, prefix, out, lse, dout, dlse, blocks=None):
     )
 
 
+def unfit(q) -> str:
+    """Why these kernels cannot take `q`, by its dtype; "" if they can."""
+    if q.dtype in DTYPES:
+        return ""
+    return f"q.dtype is {q.dtype}: 'pallas_tpu' expects bfloat16 or float32"
+
+
 def _prepare(tiles, q, k, v, mask, prefix, blocks) -> tuple[Layout, object, tuple]:
     """The layout, the kinds of its tiles, and the folded arrays that all kernels read."""
     dtype = jnp.result_type(q, k, v)
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"q, k, v of {dtype}: the TPU kernels take bfloat16 and float32")
+    why = unfit(q.astype(dtype))
+    if why:
+        raise ValueError(why)
     sizes = blocks or block_sizes(tiles[dtype.itemsize], q.shape[2], k.shape[2], q.shape[4])
     layout, kinds = tpu_layout.make_layout(q, k, mask, prefix, *sizes)
     return (

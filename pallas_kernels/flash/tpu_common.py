@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.flash.options import Options
 from pallas_kernels.flash.tpu_layout import LANES, Layout
-from pallas_kernels.masks.blocks import tile_list
+from pallas_kernels.masks.blocks import decode, tile_list
 
 LIST_LIMIT = 3 * 2**18  # bytes, of the 1 MiB of scalar memory
 VMEM_LIMIT = 15 * 2**20  # bytes; the least of any target is 16 MiB
@@ -58,17 +58,10 @@ class Visits(NamedTuple):
         return (self.codes,)
 
     def visit(self, layout: Layout, operands, b: Array, step: Array) -> Visit:
-        """Entry `step` for sequence b, from references to the operands.
-
-        As `masks.blocks.decode`, without `//`: its rounding of negative numbers asks jax for the
-        default device, which need not be the one compiled for.
-        """
-        code = operands[0][layout.mask_row(b) * self.length + step]
-        flat = code >> 4
-        row = lax.div(flat, self.columns)
-        column = flat - row * self.columns
-        q_block, k_block = (column, row) if self.by_keys else (row, column)
-        return Visit(q_block, k_block, (code & 4) != 0, (code & 8) != 0, code & 3)
+        """Entry `step` for sequence b, from references to the operands."""
+        tile = decode(operands[0][layout.mask_row(b) * self.length + step], self.columns)
+        blocks = (tile.column, tile.row) if self.by_keys else (tile.row, tile.column)
+        return Visit(*blocks, tile.is_first, tile.is_last, tile.kind)
 
 
 def visits(kinds: Int[Array, "*lead I J"], *, by_keys: bool = False) -> Visits:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int
 
 from pallas_kernels.masks.mask import Mask
@@ -159,7 +160,10 @@ class Tile(NamedTuple):
 def decode(code: Int[Array, ""], columns: int) -> Tile:
     """What a code of a `TileList` says; `columns`: J of its `kinds`."""
     flat = code >> 4
-    return Tile(flat // columns, flat % columns, (code & 4) != 0, (code & 8) != 0, code & 3)
+    # Not `//`: its rounding of negative numbers asks jax for the default device, which need not be
+    # the one that a kernel is compiled for.
+    row = lax.div(flat, jnp.int32(columns))
+    return Tile(row, flat - row * columns, (code & 4) != 0, (code & 8) != 0, code & 3)
 
 
 def live_fraction(mask: Mask, queries: int, keys: int, block: int = 128) -> float:

@@ -24,8 +24,10 @@ def test_a_cpu_takes_the_tiles_of_xla_without_tracing_kernels():
 def test_a_tpu_takes_its_kernel(dtype):
     with dispatch.compiling_for("tpu"):
         text = traced(dtype)
+        other = traced(jnp.float16)
     assert "pallas_call" in text
     assert "platform_index" in text
+    assert "pallas_call" not in other
 
 
 def test_a_gpu_takes_its_kernel_for_what_it_can_take():
