@@ -49,6 +49,7 @@ def names(folder) -> list[str]:
         return [row["run"] for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal_and_gone_on_with(grid, tmp_path):
     folder = tmp_path / "sweep"
     words = ["sweep", f"--config={grid}", f"--workdir={folder}", "--only=P1-*", "--devices=1"]

@@ -123,6 +123,7 @@ def test_interpreted(name, interpreter):
     agree(mask, inputs(**sizes), **options)
 
 
+@pytest.mark.slow
 @off_gpu
 def test_one_query(interpreter):
     agree(masks.full(), inputs(1, 70, slots=130))

@@ -156,7 +156,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("full, cut blocks, prefix", "one query, many keys", "dilated", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+)
 def test_equal_to_the_oracle(name):
     make, shapes, soft_cap, blocks = CASES[name]
     arrays = inputs(**shapes)

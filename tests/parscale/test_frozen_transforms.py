@@ -32,6 +32,7 @@ def config(tmp_path):
     return Config(model=model, data=data, train=train)
 
 
+@pytest.mark.slow
 def test_prefixes_stay_and_a_stopped_run_goes_on(config, tmp_path):
     devices = jax.devices()[:1]
     whole = run.train(config, tmp_path / "whole", devices=devices)

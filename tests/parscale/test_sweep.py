@@ -139,6 +139,7 @@ def test_a_failed_run_is_named_and_the_others_are_kept(base, tmp_path):
     assert [row["run"] for row in read(tmp_path / "s")] == ["good"]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_does_not_keep_the_others_from_running(base, tmp_path):
     wild = {"train.learning_rate": 1e30, "train.max_bad_steps": 1}
     points = [Point("wild", wild), Point("after", {}, after="wild"), Point("good", {})]
