@@ -73,6 +73,7 @@ def test_a_run_is_repeated_for_as_long_as_asked():
     assert len(timing.measure(lambda: None, seconds=0).seconds) == 1
 
 
+@pytest.mark.slow
 def test_our_side_runs():
     # Among the parts is the whole training step.
     runs = [workloads.parts(SIZES, TINY.streams), workloads.decode(SIZES, streams=1)]

@@ -69,6 +69,7 @@ def test_stopped_by_a_signal_and_gone_on_with(grid, tmp_path):
     assert names(folder) == ["P1-s0"]
 
 
+@pytest.mark.slow
 def test_names_choose_runs_and_what_they_begin_from(grid, tmp_path, capsys):
     folder = tmp_path / "sweep"
     flags = f"--config={grid}", f"--workdir={folder}", "--devices=1"
