@@ -79,7 +79,7 @@ def predict(options: flags.FlagValues) -> None:
     """Costs of the preset's model on a chip, and against parameters if it has streams."""
     from parscale import cost, cost_comparison, law_figures
     from parscale.law_figures import short
-    from parscale.law_study import table
+    from parscale.text import table
 
     chip = cost.find_chip(options.chip)
     model = _model(options, "paper_1b6")
@@ -163,7 +163,7 @@ def _cost_rows(costs: dict) -> list[list]:
 def published(options: flags.FlagValues) -> None:
     """The paper's comparison, and what its assumptions and ours say beyond it."""
     from parscale import cost, cost_comparison, law_figures
-    from parscale.law_study import table
+    from parscale.text import table
 
     if options.figure:
         law_figures.check_path(options.figure)
@@ -218,7 +218,7 @@ def _regions(panels: dict[str, tuple], chip, output: int, figure: str) -> None:
     import numpy as np
 
     from parscale import cost_comparison, cost_figures
-    from parscale.law_study import table
+    from parscale.text import table
 
     def regions(comparison: tuple, batches, prompts) -> list[cost_figures.Region]:
         """Of memory, and of latency."""
@@ -270,7 +270,7 @@ def measure(options: flags.FlagValues) -> None:
     if options.output < 2:
         raise InputError(f"--output={options.output}: expected at least 2 to measure a step")
     from parscale import cost, cost_measured
-    from parscale.law_study import table
+    from parscale.text import table
 
     shapes = {P: dataclasses.replace(model, streams=P) for P in sorted({*STREAMS, model.streams})}
     lengths = {"batch": options.batch, "prompt": options.prompt, "output": options.output}

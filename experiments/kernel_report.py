@@ -15,6 +15,7 @@ Each kernel is compiled in a process of its own.
 from absl import flags
 
 from experiments import program, static_gpu, static_tpu
+from parscale.text import table
 from sharding.settings import InputError
 
 WHAT = ("tpu", "gpu")
@@ -44,21 +45,14 @@ def tpu(options: flags.FlagValues) -> str:
         ]  # fmt: skip
         lines.append([row["kernel"], row["target"], row["tile"], *figures, row["how"]])
     title = f"TPU, by libtpu's estimate: 1 head, T {options.length}, h {options.head_dim}, causal"
-    return f"{title}\n{aligned(lines)}"
+    return f"{title}\n{table(lines, indent=2)}"
 
 
 def gpu(options: flags.FlagValues) -> str:
     """The table of what the GPU's compiler says."""
     rows = static_gpu.rows([options.head_dim], options.dtype)
     title = "NVIDIA H200, by its compiler: causal packed documents, 48 prefix slots"
-    return f"{title}\n{aligned([static_gpu.Row._fields, *rows])}"
-
-
-def aligned(rows: list) -> str:
-    """Columns below the names in the first row."""
-    from parscale.law_study import table
-
-    return table(rows, indent=2)
+    return f"{title}\n{table([static_gpu.Row._fields, *rows], indent=2)}"
 
 
 def main(options: flags.FlagValues) -> None:

@@ -208,7 +208,7 @@ def predict(options: flags.FlagValues) -> None:
 def compare(options: flags.FlagValues) -> None:
     """The groups of a sweep beside one of them, seed by seed."""
     from parscale import sweep_groups
-    from parscale.law_study import table
+    from parscale.text import table
 
     if not options.data:
         raise InputError("--data is missing: expected the table of a sweep, <workdir>/runs.csv")
@@ -232,7 +232,7 @@ def _describe_loss(law, params: float, streams: int) -> str:
 
 def _describe_target(law, loss: float, counts: set[int]) -> str:
     from parscale.law_figures import short
-    from parscale.law_study import table
+    from parscale.text import table
 
     if loss <= law.E:
         return f"loss {loss:g}: no size reaches it, E is {law.E:.4g}"

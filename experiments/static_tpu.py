@@ -20,7 +20,6 @@ bfloat16; all arrays once through its memory.
 """
 
 import json
-import math
 import os
 import pathlib
 import re
@@ -257,24 +256,6 @@ def _splash(step: Step, blocks: int):
         q_seq_shards=1,
     )
     return kernel, tuple(((1, n, step.h), jnp.bfloat16) for n in (T, S, S))
-
-
-def markdown(rows: list[dict]) -> str:
-    """The table as text."""
-    lines = [
-        "| kernel | target | tile | us | MXU floor | HBM floor | ratio | how |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        figures = [
-            "" if row[name] is None or math.isnan(row[name]) else f"{row[name]:.{digits}f}"
-            for name, digits in (
-                ("microseconds", 1), ("mxu_floor", 1), ("hbm_floor", 1), ("ratio", 2),
-            )
-        ]  # fmt: skip
-        cells = [row["kernel"], row["target"], row["tile"], *figures, row["how"]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from parscale.law_figures import short
 from parscale.law_forms import LOG, RIVALS, Law, free_form
 from parscale.law_points import Points
 from parscale.scaling_law import LeftOut
+from parscale.text import table
 
 
 def study(
@@ -201,11 +202,3 @@ def _digits(value: float) -> str:
 
 def _range(row) -> str:
     return f"{_digits(row['low'])} to {_digits(row['high'])}"
-
-
-def table(rows: list[list], indent: int = 0) -> str:
-    """Aligned columns, below the names in the first row."""
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in texts)
-    return "\n".join(" " * indent + line.rstrip() for line in lines)
