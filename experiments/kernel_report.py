@@ -56,12 +56,16 @@ def gpu(options: flags.FlagValues) -> str:
 
 
 def main(options: flags.FlagValues) -> None:
-    for name, known in (("what", WHAT), ("target", tuple(static_tpu.TARGETS))):
+    known_dtypes = ("bfloat16", "float16")
+    targets = tuple(static_tpu.TARGETS)
+    for name, known in (("what", WHAT), ("target", targets), ("dtype", known_dtypes)):
         if not options[name].value or set(options[name].value) - set(known):
             raise InputError(
                 f"--{name}={','.join(options[name].value)}: expected one or more of "
                 f"{', '.join(known)}, with commas between"
             )
+    if not 16 <= options.head_dim <= 256:
+        raise InputError(f"--head_dim={options.head_dim}: expected 16 to 256")
     if options.length < 1024 or options.length % 1024:
         raise InputError(f"--length={options.length}: expected a multiple of 1024")
     for what in options.what:

@@ -18,6 +18,8 @@ _interpret = jax.make_user_context(None)
 def compiling_for(platform: str):
     """A context in which ops are traced for `platform` ("tpu", "cuda" or "cpu"), not for this
     process's own devices: for ahead-of-time compilation."""
+    if platform not in ("tpu", "cuda", "cpu"):
+        raise ValueError(f"platform={platform!r}: expected 'tpu', 'cuda' or 'cpu'")
     return _target(platform)
 
 

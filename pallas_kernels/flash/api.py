@@ -59,8 +59,9 @@ def attention(
 ) -> Float[Array, "*lead T H h"] | tuple[Float[Array, "*lead T H h"], Float[Array, "*lead T H"]]:
     """Grouped-query softmax attention; query head j reads key/value head j // (H // K).
 
-    Scores, softmax and accumulation are float32. A query that sees nothing has output zero,
-    log-sum-exp -inf, and gives no gradient.
+    Scores, softmax and accumulation are float32, also for wider inputs. A query that sees nothing
+    has output zero, log-sum-exp -inf, and gives no gradient. It has first derivatives in reverse
+    mode; for others take the oracle.
 
     Args:
       q: queries; any leading axes, usually B, P.
@@ -68,12 +69,13 @@ def attention(
       mask: which keys each query sees (`pallas_kernels.masks`).
       prefix: keys and values of M slots that every query sees, for each entry of the last leading
         axis P; read by index, never broadcast over the other leading axes.
-      scale: of the scores; h ** -0.5 by default.
-      soft_cap: c, to replace each score s by c tanh(s / c).
+      scale: of the scores, a Python number; h ** -0.5 by default.
+      soft_cap: c > 0, a Python number, to replace each score s by c tanh(s / c).
       return_lse: also return the log-sum-exp of each query's scores.
       implementation: "xla" (in tiles, on any platform), "pallas_tpu", "pallas_gpu" (Hopper, of
         bfloat16 and float16), or "oracle" (every score in memory); None: the best that the
-        platform has for these arrays.
+        platform has for arrays of these types. On a TPU or GPU it may refuse a mask whose lists or
+        runs do not fit on the chip; "xla" takes it.
 
     Returns:
       the output in q's dtype; with `return_lse` a pair of it and float32 `[..., T, H]`.
@@ -82,8 +84,11 @@ def attention(
       ValueError: an unknown implementation or one that cannot run here, or arguments that do not
         fit together.
     """
-    _check(q, k, v, mask, prefix)
-    options = Options(q.shape[-1] ** -0.5 if scale is None else float(scale), soft_cap)
+    check_arguments(q, k, v, mask, prefix)
+    options = _options(q, scale, soft_cap)
+    if prefix is not None:
+        # Without slots it is none; a kernel has no block of size 0.
+        prefix = tuple(prefix) if prefix[0].shape[-2] else None
     lead, (T, H, h), (S, K, _) = q.shape[:-3], q.shape[-3:], k.shape[-3:]
     N, P = math.prod(lead[:-1]), math.prod(lead[-1:])
     arrays = (
@@ -96,7 +101,7 @@ def attention(
     dispatch.check(implementation, ("oracle", *FORWARD))
     if implementation == "oracle":
         out, lse = oracle.attention(options, *arrays)
-    elif implementation in (None, "xla") and T < xla.TILED_FROM:
+    elif 0 in (N, P, T, S) or (implementation in (None, "xla") and T < xla.TILED_FROM):
         out, lse = xla.plain(options, *arrays)
     else:
         out, lse = _attention((implementation, options), *arrays)
@@ -110,21 +115,25 @@ def _attention(static, *arrays):
 
 
 def _forward(static, *arrays):
-    out, lse = _choose(FORWARD, static, arrays[0])(*arrays)
+    out, lse = _choose(FORWARD, static, arrays)(*arrays)
     return (out, lse), (*arrays, out, lse)
 
 
 def _backward(static, saved, cotangents):
-    dq, dk, dv, dprefix = _choose(BACKWARD, static, saved[0])(*saved, *cotangents)
+    dq, dk, dv, dprefix = _choose(BACKWARD, static, saved[:5])(*saved, *cotangents)
     return dq, dk, dv, None, dprefix
 
 
-def _choose(functions, static, q):
+def _choose(functions, static, arrays):
     implementation, options = static
+    q, k, v, _, prefix = arrays
+    is_mixed = len({x.dtype for x in (q, k, v, *(prefix or ()))}) > 1
     functions = {name: functools.partial(f, options) for name, f in functions.items()}
     if implementation is None:
         for name in dispatch.PLATFORM_OF:
-            if dispatch.fits(name) and importlib.import_module(MODULES[name]).unfit(q):
+            if not dispatch.fits(name):
+                continue
+            if is_mixed or importlib.import_module(MODULES[name]).unfit(q):
                 del functions[name]
     return dispatch.choose(implementation, functions)
 
@@ -149,10 +158,26 @@ def _fold_lead(intervals, lead):
     return intervals.reshape(rows, last, R, two, S)
 
 
-def _check(q, k, v, mask, prefix):
+def _options(q, scale, soft_cap) -> Options:
+    try:
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        soft_cap = None if soft_cap is None else float(soft_cap)
+    except TypeError:
+        raise ValueError(
+            f"scale={scale}, soft_cap={soft_cap}: expected Python numbers, known when tracing"
+        ) from None
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap={soft_cap}: expected a number above 0, or None")
+    return Options(scale, soft_cap)
+
+
+def check_arguments(q, k, v, mask, prefix):
     """Raises ValueError, with the shapes, for arguments that do not fit together."""
-    if q.ndim < 3 or k.ndim < 3:
-        raise ValueError(f"q {q.shape}, k {k.shape}: expected at least the axes [T, H, h]")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim < 3 or 0 in x.shape[-2:]:
+            raise ValueError(f"{name} {x.shape}: expected [..., positions, heads, head dimension]")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name}.dtype is {x.dtype}: expected a floating type")
     lead, (T, H, h) = q.shape[:-3], q.shape[-3:]
     S, K = k.shape[-3:-1]
     if k.shape != v.shape or k.shape != (*lead, S, K, h):
@@ -165,8 +190,9 @@ def _check(q, k, v, mask, prefix):
     _check_mask(mask, lead, T, S)
     if prefix is not None:
         shapes = [part.shape for part in prefix]
-        expected = (*lead[-1:], K, shapes[0][-2], h)
-        if not lead or shapes != [expected, expected]:
+        slots = shapes[0][-2:-1] if shapes else ()
+        expected = (*lead[-1:], K, *slots, h)
+        if not lead or not slots or shapes != [expected, expected]:
             raise ValueError(
                 f"prefix of shapes {shapes} for q {q.shape}: expected two of [P, K, M, h], "
                 f"P the last leading axis of q, with K={K} and h={h}"
@@ -174,6 +200,11 @@ def _check(q, k, v, mask, prefix):
 
 
 def _check_mask(mask, lead, T, S):
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask is a {type(mask).__name__}: expected one of `pallas_kernels.masks`, "
+            "such as masks.causal(); masks.from_dense makes one of an array"
+        )
     if mask.queries not in (None, T):
         raise ValueError(f"mask made for {mask.queries} queries, q has {T}")
     if mask.causal and S != T:
@@ -182,7 +213,10 @@ def _check_mask(mask, lead, T, S):
         raise ValueError(f"mask of dilation {mask.dilation}: expected at least 1")
     if mask.intervals is None:
         return
-    *axes, _, pair, keys = mask.intervals.shape
+    shape, dtype = mask.intervals.shape, mask.intervals.dtype
+    if len(shape) < 3 or not shape[-3] or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"mask intervals {shape} of {dtype}: expected integers [..., R, 2, {S}]")
+    *axes, _, pair, keys = shape
     fits = all(n in (1, size) for n, size in zip(axes, lead, strict=False))
     if pair != 2 or keys != S or len(axes) > len(lead) or not fits:
         raise ValueError(

@@ -4,7 +4,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from pallas_kernels.flash.api import attention
+from pallas_kernels.flash.api import attention, check_arguments
 from pallas_kernels.masks import Mask
 
 
@@ -27,12 +27,13 @@ def sharded_attention(
         those of q, the prefix as the streams and the heads of k.
       q_spec, kv_spec: partition of q and of k and v, one entry for each axis; leading axes and
         heads may be sharded, by the same number for q and k, positions and head dimension not.
-      mesh: None: the ambient one (`jax.set_mesh`).
+      mesh: with axes of type Auto; None: the ambient one (`jax.set_mesh`).
 
     Raises:
       ValueError: a spec that shards other axes, or heads of q and of k differently; or what
         `attention` raises.
     """
+    check_arguments(q, k, v, mask, prefix)
     for name, spec, x in (("q_spec", q_spec, q), ("kv_spec", kv_spec, k)):
         if len(spec) != x.ndim or spec[-1] is not None or spec[-3] is not None:
             raise ValueError(

@@ -64,14 +64,16 @@ def forward(options, q, k, v, mask, prefix):
     tiling = layout.tiling(q, k, mask, prefix)
     prefix_chains = layout.prefix_chains(tiling, prefix)
     lists = layout.lists(tiling, mask, q, k)
-    edge = _edge_bias(mask, k.shape[2], q.shape[4])
+    keys = k.shape[2]
+    edge = _edge_bias(mask, keys, q.shape[4])
 
     def step(_, x):
         q, k, v, intervals, lists = x
         chains = [layout.to_blocks(tiling, x) for x in (q, k, v)]
         runs = layout.mask_blocks(tiling, intervals, k.shape)
         out, lse = lax.map(
-            lambda x: _forward_chunk(options, mask, lists, edge, *x), (*chains, runs, prefix_chains)
+            lambda x: _forward_chunk(options, mask, keys, lists, edge, *x),
+            (*chains, runs, prefix_chains),
         )
         lse = tuple(x[..., None] for x in lse)
         return None, (
@@ -84,7 +86,7 @@ def forward(options, q, k, v, mask, prefix):
     return out.reshape(q.shape), lse.reshape(q.shape[:-1])
 
 
-def _forward_chunk(options, mask, lists, edge, q, k, v, runs, prefix):
+def _forward_chunk(options, mask, keys, lists, edge, q, k, v, runs, prefix):
     """Output and log-sum-exp of some chains; q, k, v, runs and results are tuples over chains."""
     pairs, rows, h = q[0].shape[1:]
 
@@ -115,7 +117,7 @@ def _forward_chunk(options, mask, lists, edge, q, k, v, runs, prefix):
         states = (state,) * len(q)
         if prefix is not None:
             states = tuple(map(see, states, q, *prefix))
-        biases = lambda j: _biases(mask, runs, edge, i, j, rows // BLOCK, len(q))
+        biases = lambda j: _biases(mask, keys, runs, edge, i, j, rows // BLOCK, len(q))
         states = _over_keys(row, tile, biases, (None,) * len(q), states)
         return None, tuple(map(finish, *zip(*states, strict=True)))
 
@@ -133,7 +135,8 @@ def backward(options, q, k, v, mask, prefix, out, lse, dout, dlse):
     tiling = layout.tiling(q, k, mask, prefix)
     prefix_chains = layout.prefix_chains(tiling, prefix)
     lists = layout.lists(tiling, mask, q, k)
-    edge = _edge_bias(mask, k.shape[2], q.shape[4], transposed=True)
+    keys = k.shape[2]
+    edge = _edge_bias(mask, keys, q.shape[4], transposed=True)
 
     def step(dprefix, x):
         q, k, v, intervals, out, lse, dout, dlse, lists = x
@@ -145,7 +148,7 @@ def backward(options, q, k, v, mask, prefix, out, lse, dout, dlse):
         chains = [layout.to_blocks(tiling, x) for x in arrays]
         runs = layout.mask_blocks(tiling, intervals, k.shape)
         dq, dk, dv, dp = lax.map(
-            lambda x: _backward_chunk(options, mask, lists, edge, *x),
+            lambda x: _backward_chunk(options, mask, keys, lists, edge, *x),
             (*chains, runs, prefix_chains),
         )
         grads = (
@@ -167,7 +170,7 @@ def backward(options, q, k, v, mask, prefix, out, lse, dout, dlse):
     return dq, dk, dv, dprefix
 
 
-def _backward_chunk(options, mask, lists, edge, q, k, v, dout, lse, delta, runs, prefix):
+def _backward_chunk(options, mask, keys, lists, edge, q, k, v, dout, lse, delta, runs, prefix):
     """Gradients of q, k, v and prefix; these and the arguments after `edge` are tuples over chains.
 
     Scores are transposed, `[keys, queries]`: then no product here transposes an operand as large
@@ -206,7 +209,7 @@ def _backward_chunk(options, mask, lists, edge, q, k, v, dout, lse, delta, runs,
         else:
             dq, *parts = zip(*map(see, *query, *prefix, columns(prefix[0])), strict=True)
             dprefix = _add(dprefix, tuple(parts))
-        biases = lambda j: _biases(mask, runs, edge, i, j, heads, len(q), transposed=True)
+        biases = lambda j: _biases(mask, keys, runs, edge, i, j, heads, len(q), transposed=True)
         dq, dk, dv = _over_keys(row, tile, biases, (None,) * len(q), (dq, dk, dv))
         return (dk, dv, dprefix), tuple(part * options.scale for part in dq)
 
@@ -237,10 +240,11 @@ def _over_keys(row, tile, biases, unmasked, state):
     return lax.fori_loop(row.full, row.counts, partial, state)
 
 
-def _biases(mask, runs, edge, i, j, heads, chains, *, transposed=False):
+def _biases(mask, keys, runs, edge, i, j, heads, chains, *, transposed=False):
     """For each chain what to add to its scores in tile (i, j): 0 where visible, -inf elsewhere.
 
     Args:
+      keys: S, without padding.
       runs: tuple, over chains or of one entry for all, of int32
         `[k_blocks, pairs or 1, R, 2, BLOCK]`; or None.
       edge: from `_edge_bias`.
@@ -255,7 +259,8 @@ def _biases(mask, runs, edge, i, j, heads, chains, *, transposed=False):
     t, s = i * BLOCK + place[:, None], j * BLOCK + place
 
     def of_runs(runs):
-        visible = jnp.ones((1, BLOCK, BLOCK), bool)
+        # The runs of padded keys are empty.
+        visible = jnp.broadcast_to(s < keys, (1, BLOCK, BLOCK))
         if runs is not None:
             visible = masks.in_runs(_at(runs, j), t)
         if mask.causal:

@@ -24,7 +24,8 @@ def block_kinds(
 
     The last blocks may be cut by the end of the sequence; the last block of keys is then never
     FULL, so that a kernel which looks at the mask in PARTIAL blocks alone hides the padding too.
-    A block may be called PARTIAL though it is EMPTY, if its keys have several runs.
+    A block may be called PARTIAL though nothing in it is visible, where its keys have runs that
+    leave a gap between them; never EMPTY though something is.
 
     Args:
       mask: its leading axes are those of the result.
@@ -34,6 +35,12 @@ def block_kinds(
     Returns:
       int32, a NumPy array if the mask has no intervals.
     """
+    if mask.intervals is not None and mask.intervals.shape[-1] != keys:
+        raise ValueError(f"a mask of {mask.intervals.shape[-1]} keys, expected {keys}")
+    if mask.queries not in (None, queries):
+        raise ValueError(f"a mask of {mask.queries} queries, expected {queries}")
+    if min(block_q, block_k) < 1:
+        raise ValueError(f"blocks of {block_q} x {block_k}: expected at least 1")
     rows, columns = -(-queries // block_q), -(-keys // block_k)
     t0 = np.arange(rows)[:, None] * block_q
     t1 = np.minimum(t0 + block_q, queries) - 1
@@ -167,5 +174,5 @@ def decode(code: Int[Array, ""], columns: int) -> Tile:
 
 
 def live_fraction(mask: Mask, queries: int, keys: int, block: int = 128) -> float:
-    """Share of the blocks of scores that are not EMPTY, over all leading axes of the mask."""
+    """Share of the blocks of scores that a kernel visits, over all leading axes of the mask."""
     return float(np.mean(np.asarray(block_kinds(mask, queries, keys, block, block)) != EMPTY))

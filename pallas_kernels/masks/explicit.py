@@ -29,6 +29,8 @@ def from_dense(visible: Bool[np.ndarray, "*lead T S"], *, runs: int | None = Non
             "a dense mask inside jit: expected a NumPy array, or build `Mask(intervals)` from data"
         )
     visible = np.asarray(visible, bool)
+    if visible.ndim < 2:
+        raise ValueError(f"a dense mask {visible.shape}: expected [..., T, S]")
     *lead, queries, keys = visible.shape
     if max(queries, keys) > LONGEST_DENSE:
         raise ValueError(
@@ -64,6 +66,8 @@ def from_blocks(
       ValueError: a block outside the sequence, listed twice, or of a kind that is not there; a key
         seen in more than `runs` runs (64 by default).
     """
+    if block < 1 or length < 1:
+        raise ValueError(f"block={block}, length={length}: expected at least 1 of each")
     pairs = np.asarray(pairs, np.int64).reshape(-1, 2)
     blocks = -(-length // block)
     if pairs.size and not (pairs.min() >= 0 and pairs.max() < blocks):
@@ -110,8 +114,8 @@ def _stacked(parts: list[np.ndarray], runs: int | None) -> Int[np.ndarray, "n R 
     most = MOST_RUNS if runs is None else runs
     if needed > most:
         raise ValueError(
-            f"a key is seen in {needed} runs of queries: expected at most {most}; order the "
-            "positions so that those who see each other are neighbours"
+            f"a key is seen in {needed} runs of queries, runs={most}: expected as many; or order "
+            "the positions so that those who see each other are neighbours"
         )
     R = needed if runs is None else runs
     padded = [np.pad(part, ((0, 0), (0, R - part.shape[1]), (0, 0))) for part in parts]

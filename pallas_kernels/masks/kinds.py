@@ -31,6 +31,8 @@ def global_and_window(
     length: int, global_keys: int, window: int, *, two_sided: bool = False
 ) -> Mask:
     """A sliding window, and the first keys for everybody; two-sided: and everything for them."""
+    if not 0 <= global_keys <= length:
+        raise ValueError(f"global_keys={global_keys}: expected 0 to {length}, the length")
     s = jnp.arange(length)
     is_global = s < global_keys
     of_window = sliding_window(length, window, two_sided=two_sided).intervals[0]
@@ -69,6 +71,8 @@ def same_document(segment_ids: Int[Array, "*lead T"]) -> Mask:
         seen by nobody.
     """
     ids = jnp.asarray(segment_ids)
+    if ids.ndim < 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"segment ids {ids.shape} of {ids.dtype}: expected integers [..., T]")
     start = jnp.where(ids > 0, _run_starts(ids), 0)
     end = jnp.where(ids > 0, _run_ends(ids), 0)
     return Mask(one_run(start, end), queries=ids.shape[-1])
@@ -100,7 +104,7 @@ def packed_prefix_lm(segment_ids: Int[Array, "*lead T"], is_prefix: Bool[Array, 
       segment_ids: as in `same_document`.
       is_prefix: which positions belong to the prefix of their document.
     """
-    document = same_document(segment_ids)
+    document, is_prefix = same_document(segment_ids), jnp.asarray(is_prefix)
     start = jnp.where(is_prefix, document.intervals[..., 0, 0, :], _places(is_prefix))
     return Mask(one_run(start, document.intervals[..., 0, 1, :]), queries=document.queries)
 
@@ -126,8 +130,13 @@ def shared_question(segment_ids: Int[Array, "*lead T"], answers: Int[Array, "*le
       segment_ids: as in `same_document`.
       answers: 0 in the question, else a number for each answer of the document.
     """
+    answers = jnp.asarray(answers)
     document_end = same_document(segment_ids).intervals[..., 0, 1, :]
-    answer_end = jnp.minimum(_run_ends(jnp.asarray(answers)), document_end)
+    if answers.shape[-1] != document_end.shape[-1]:
+        raise ValueError(
+            f"answers {answers.shape} for segment ids {document_end.shape}: expected one length"
+        )
+    answer_end = jnp.minimum(_run_ends(answers), document_end)
     end = jnp.where(answers > 0, answer_end, document_end)
     return Mask(one_run(_places(end), end), causal=True, queries=end.shape[-1])
 
@@ -167,6 +176,8 @@ def tree(parents: Int[Array, "*lead T"]) -> Mask:
       parents: the position of each one's parent, which comes before it; -1 for a root.
     """
     parents = jnp.asarray(parents, jnp.int32)
+    if not isinstance(parents, jax.core.Tracer) and not bool(jnp.all(parents < _places(parents))):
+        raise ValueError("parents: expected each position's parent before it, -1 for a root")
     last = _places(parents)
     ancestor = parents
     # After round n, `last` holds the last descendant at most 2^n - 1 levels below.
@@ -194,6 +205,10 @@ def fork_join(forks: Int[Array, "*lead d T"], branches: Int[Array, "*lead d T"])
       branches: likewise, the branch of that fork.
     """
     forks, branches = jnp.asarray(forks, jnp.int32), jnp.asarray(branches, jnp.int32)
+    if forks.ndim < 2 or forks.shape != branches.shape or not forks.shape[-2]:
+        raise ValueError(
+            f"forks {forks.shape}, branches {branches.shape}: expected both [..., depth, T]"
+        )
     depth, length = forks.shape[-2:]
     end = jnp.full_like(forks[..., 0, :], length)
     runs = []

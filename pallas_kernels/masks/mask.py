@@ -62,8 +62,8 @@ class Mask:
         """What one of them lets through; the runs of the result are those of both.
 
         Raises:
-          ValueError: masks made for different lengths, or of different dilations; or one is
-            causal, the other not, and neither has intervals that tell the length.
+          ValueError: masks made for different lengths, or of different dilations; or one without
+            intervals has to be written as some, and neither was made for a length.
         """
         queries = _same_length(self, other)
         if self.dilation != other.dilation:
@@ -75,7 +75,7 @@ class Mask:
         free = [m for m in (self, other) if m.intervals is None and m.causal == causal]
         if free:
             return dataclasses.replace(free[0], queries=queries)
-        if queries is None:
+        if queries is None and (self.intervals is None or other.intervals is None):
             raise ValueError("a union of masks of unknown length: make one of them with a length")
         a, b = (_explicit(m, queries, causal) for m in (self, other))
         a, b = _same_axes(a, b)
@@ -97,7 +97,14 @@ def _same_length(a: Mask, b: Mask) -> int | None:
 def _same_axes(a: Array, b: Array) -> tuple[Array, Array]:
     """Both with as many leading axes, which are matched from the left."""
     rank = max(a.ndim, b.ndim)
-    return tuple(x.reshape(*x.shape[:-3], *[1] * (rank - x.ndim), *x.shape[-3:]) for x in (a, b))
+    aligned = tuple(x.reshape(*x.shape[:-3], *[1] * (rank - x.ndim), *x.shape[-3:]) for x in (a, b))
+    pairs = zip(*(x.shape[:-3] for x in aligned), strict=True)
+    if any(n != m and 1 not in (n, m) for n, m in pairs):
+        raise ValueError(
+            f"masks with leading axes {a.shape[:-3]} and {b.shape[:-3]}: expected equal ones, from "
+            "the left, or 1"
+        )
+    return aligned
 
 
 def _explicit(mask: Mask, queries: int, keep_causal: bool) -> Array:

@@ -17,7 +17,7 @@ def draw(
     """Writes a PNG, queries downwards and keys to the right, and prints the live-block fraction.
 
     A sequence of up to 512 positions is drawn pair by pair, a longer one by blocks: white where
-    nothing is visible, dark where everything is, light between.
+    a kernel does not go, dark where everything is visible, light between.
 
     Args:
       mask: who sees whom.
@@ -27,7 +27,7 @@ def draw(
       row: which of the mask's rows, its leading axes taken as one.
 
     Returns:
-      the share of blocks of this row in which something is visible.
+      the share of blocks of this row that a kernel visits.
     """
     # Imported here: it takes longer than all the rest of this package.
     from matplotlib.colors import ListedColormap

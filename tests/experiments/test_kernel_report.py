@@ -48,6 +48,8 @@ def test_without_the_plugin_the_gpu_report_is_one_line(monkeypatch, capsys):
     [
         ("--what=cpu", "--what=cpu: expected one or more of tpu, gpu"),
         ("--target=v4", "--target=v4: expected one or more of v5e, v6e"),
+        ("--head_dim=0", "--head_dim=0: expected 16 to 256"),
+        ("--dtype=float32", "--dtype=float32: expected one or more of bfloat16, float16"),
         ("--length=1000", "--length=1000: expected a multiple of 1024"),
     ],
 )

@@ -132,6 +132,24 @@ def test_every_mask_and_one_compilation_for_all():
     assert jitted._cache_size() == 2 * 2
 
 
+@pytest.mark.parametrize(("T", "S"), [(130, 130), (130, 301)])
+def test_keys_beyond_the_last_stay_hidden_without_runs(T, S):
+    compare(masks.Mask(dilation=5), inputs(T, S))
+
+
+def test_arrays_of_size_zero():
+    q, k, v, (slot_k, slot_v) = inputs(140)
+    out = attention(q, k[:, :, :0], v[:, :, :0], masks.full(), prefix=(slot_k, slot_v))
+    expected = attention(
+        q, k[:, :, :0], v[:, :, :0], masks.full(), prefix=(slot_k, slot_v), implementation="oracle"
+    )
+    assert ratio(out, expected) < 1e-6
+    assert attention(q[:0], k[:0], v[:0], masks.causal()).shape == (0, *q.shape[1:])
+    none = (slot_k[:, :, :0], slot_v[:, :, :0])
+    gradient = jax.grad(lambda x: jnp.sum(attention(q, k, v, masks.causal(), prefix=x)))(none)
+    assert [x.shape for x in gradient] == [x.shape for x in none]
+
+
 def test_masks_of_streams_may_differ():
     intervals = jnp.stack([packed(documents(B, 150, seed)).intervals for seed in range(P)], 1)
     compare(masks.Mask(intervals, causal=True), inputs(150))
@@ -237,3 +255,19 @@ def test_shapes_that_do_not_fit_are_refused():
         attention(q, k, v, masks.causal(), prefix=tuple(x[:1] for x in prefix))
     with pytest.raises(ValueError, match="causal"):
         attention(q[:, :, :3], k, v, masks.causal())
+    with pytest.raises(ValueError, match="mask is a ndarray: expected one of"):
+        attention(q, k, v, np.ones((4, 4), bool))
+    with pytest.raises(ValueError, match="mask made for 5 queries, q has 4"):
+        attention(q, k, v, masks.sliding_window(5, 2))
+    with pytest.raises(ValueError, match="mask intervals from 0 to 9: expected 0 to 4"):
+        attention(q, k, v, masks.Mask(jnp.array([[[0] * 4, [9] * 4]])))
+    with pytest.raises(ValueError, match="expected integers"):
+        attention(q, k, v, masks.Mask(jnp.zeros((0, 2, 4), int)))
+    with pytest.raises(ValueError, match=r"q\.dtype is int32"):
+        attention(*(x.astype(jnp.int32) for x in (q, k, v)), masks.causal())
+    with pytest.raises(ValueError, match=r"soft_cap=0\.0"):
+        attention(q, k, v, masks.causal(), soft_cap=0.0)
+    with pytest.raises(ValueError, match="known when tracing"):
+        jax.jit(lambda scale: attention(q, k, v, masks.causal(), scale=scale))(1.0)
+    with pytest.raises(ValueError, match="prefix of shapes"):
+        attention(q, k, v, masks.causal(), prefix=())

@@ -63,5 +63,7 @@ def test_what_cannot_run_is_refused():
         pytest.raises(ValueError, match="'pallas_gpu' cannot run here: the target is 'tpu'"),
     ):
         traced(jnp.bfloat16, "pallas_gpu")
+    with pytest.raises(ValueError, match="platform='gpu': expected 'tpu', 'cuda' or 'cpu'"):
+        dispatch.compiling_for("gpu")
     with pytest.raises(ValueError, match="expected one of oracle, xla, pallas_tpu, pallas_gpu"):
         traced(jnp.float32, "palas")

@@ -313,11 +313,21 @@ def test_bad_input_is_refused():
         window & masks.sliding_window(T + 1, 3)
     with pytest.raises(ValueError, match="dilations 1 and 2"):
         window | masks.dilated_window(T, 3, 2)
+    with pytest.raises(ValueError, match="leading axes"):
+        masks.packed(jnp.ones((3, T), int)) | masks.packed(jnp.ones((2, T), int))
+    with pytest.raises(ValueError, match="parent before it"):
+        masks.tree(jnp.array([-1, 2, 0]))
+    with pytest.raises(ValueError, match="expected both"):
+        masks.fork_join(jnp.ones(T, int), jnp.ones(T, int))
+    with pytest.raises(ValueError, match=r"float32: expected integers"):
+        masks.packed(jnp.ones(T))
+    with pytest.raises(ValueError, match="a mask of 24 keys, expected 12"):
+        blocks.block_kinds(window, 12, 12, 4, 4)
     with pytest.raises(ValueError, match="window=0"):
         masks.sliding_window(T, 0)
     with pytest.raises(ValueError, match="at most 4096"):
         masks.from_dense(np.broadcast_to(True, (5000, 5000)))
-    with pytest.raises(ValueError, match="runs of queries: expected at most 2"):
+    with pytest.raises(ValueError, match="runs of queries, runs=2"):
         masks.from_dense(EYE, runs=2)
     with pytest.raises(ValueError, match="inside jit"):
         jax.jit(masks.from_dense)(jnp.asarray(EYE))

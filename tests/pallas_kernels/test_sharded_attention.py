@@ -69,6 +69,9 @@ def test_bad_specs_are_refused(mesh, arrays):
     sequence = Spec("data", None, "stream", None, None)
     with pytest.raises(ValueError, match=r"q_spec=.*expected 5 entries"):
         sharded_attention(q, k, v, masks.causal(), q_spec=sequence, kv_spec=HEADS, mesh=mesh)
+    rows = masks.packed(jnp.ones((2, T), int))
+    with pytest.raises(ValueError, match=r"mask intervals \(2, 1, 2, 130\)"):
+        sharded_attention(q, k, v, rows, q_spec=HEADS, kv_spec=HEADS, mesh=mesh)
     whole = Spec("data", "stream", None, None, None)
     with pytest.raises(ValueError, match="keys of another"):
         sharded_attention(q, k, v, masks.causal(), q_spec=HEADS, kv_spec=whole, mesh=mesh)
