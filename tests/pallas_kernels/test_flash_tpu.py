@@ -268,6 +268,7 @@ def test_compiles_to_kernels_alone(compiler, target):
         assert [program[:2] for program in programs] == [(count, 0) for count in counts]
 
 
+@pytest.mark.slow
 @pytest.mark.tpu_compile
 def test_memory_is_linear_in_the_length(compiler):
     T = 2**15

@@ -84,6 +84,7 @@ def test_a_wrong_value_is_refused_before_anything_runs(base, tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_and_ends_as_if_never_stopped(base, tmp_path):
     points = product(values("model.streams", 2, label="P"), SEEDS)
     grid = Sweep(base, points)
