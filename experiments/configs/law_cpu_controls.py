@@ -5,7 +5,7 @@
 
 base     P = 1 and P = 4 as in `law_cpu`
 frozen   P = 4 whose prefixes stay as they were drawn
-wide     P = 1, twice as wide: about the FLOPs of P = 4; two learning rates
+wide     P = 1, twice as wide, with an MLP that makes its FLOPs those of P = 4; two learning rates
 more     10 % more tokens for the P = 1 model: P = 1 goes on, or it is recycled to P = 2 and 4 with
          everything learning (`all`; `normal` with small random prefixes in place of keys and values
          of tokens) or on a frozen backbone (`streams`)
@@ -50,7 +50,7 @@ def get_sweep() -> Sweep:
     points = named(FIRST) + named("base-P4", **four)
     points += named("frozen", **four, train__trainable="all_but_transform")
     wide = {
-        "model__width": 96, "model__heads": 6, "model__kv_heads": 2, "model__mlp_width": 264,
+        "model__width": 96, "model__heads": 6, "model__kv_heads": 2, "model__mlp_width": 352,
     }  # fmt: skip
     for rate in (2e-3, 4e-3):
         points += named(f"wide-r{rate}", **wide, train__learning_rate=rate)
