@@ -70,16 +70,8 @@ def queries_gradient(options: Options, static: Static, queries: Queries, inputs:
         i = T // BLOCK - 1 - lax.axis_index("block")
         queries, inputs = operands
         ring = gpu_keys.Ring(static, inputs, memory, b, head, i)
-        warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when(warpgroup == WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(24, action="decrease")
-            ring.fill()
-
-        @pl.when(warpgroup < WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(240, action="increase")
+        def compute(warpgroup):
             first = i * BLOCK + warpgroup * ROWS
             rows = pl.ds(first, ROWS)
             mine = {name: memory[name].at[warpgroup] for name in Queries._fields}
@@ -92,6 +84,8 @@ def queries_gradient(options: Options, static: Static, queries: Queries, inputs:
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine["q"], outs[0].at[b, rows, head])
             plgpu.wait_smem_to_gmem(0)
+
+        tiles.share_work(ring.fill, compute)
 
     scratch = {
         **_query_memory(WARPGROUPS, ROWS, h, dtype),
@@ -206,16 +200,8 @@ def keys_gradient(
             return lax.div(step, count), lax.div(code, 4), lax.rem(code, 4)
 
         steps = count * static.group
-        warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when(warpgroup == WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(24, action="decrease")
-            fill(queries, visit, memory, b, head_k, steps)
-
-        @pl.when(warpgroup < WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(240, action="increase")
+        def compute(warpgroup):
             first = j * BLOCK + warpgroup * ROWS
             rows = pl.ds(first, ROWS)
             k_mine, v_mine = memory["k"].at[warpgroup], memory["v"].at[warpgroup]
@@ -237,6 +223,8 @@ def keys_gradient(
             plgpu.copy_smem_to_gmem(k_mine, outs[0].at[b, rows, head_k])
             plgpu.copy_smem_to_gmem(v_mine, outs[1].at[b, rows, head_k])
             plgpu.wait_smem_to_gmem(0)
+
+        tiles.share_work(lambda: fill(queries, visit, memory, b, head_k, steps), compute)
 
     scratch = {
         "k": tiles.shared((WARPGROUPS, ROWS, h), dtype),

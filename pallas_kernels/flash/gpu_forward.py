@@ -81,16 +81,8 @@ def call(options: Options, static: Static, q, inputs: Inputs):
         i = T // BLOCK - 1 - lax.axis_index("block")
         q_ref, inputs = operands
         ring = gpu_keys.Ring(static, inputs, memory, b, head, i)
-        warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when(warpgroup == WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(24, action="decrease")
-            ring.fill()
-
-        @pl.when(warpgroup < WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(240, action="increase")
+        def compute(warpgroup):
             first = i * BLOCK + warpgroup * ROWS
             rows = pl.ds(first, ROWS)
             mine, loaded = memory["q"].at[warpgroup], memory["q_ready"].at[warpgroup]
@@ -107,6 +99,8 @@ def call(options: Options, static: Static, q, inputs: Inputs):
             plgpu.copy_smem_to_gmem(mine, outs[0].at[b, rows, head])
             plgpu.copy_smem_to_gmem(lse_mine, outs[1].at[b, head, rows])
             plgpu.wait_smem_to_gmem(0)
+
+        tiles.share_work(ring.fill, compute)
 
     outs = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),

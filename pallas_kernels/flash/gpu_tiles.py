@@ -138,6 +138,26 @@ def visible(t, s, runs, keys: int, causal: bool, dilation: int):
     return functools.reduce(operator.and_, tests)
 
 
+def share_work(copy, compute):
+    """Within a program: the last warpgroup copies and the others compute.
+
+    Args:
+      copy: called by the last one; it gives up registers for the others.
+      compute: called by each other one with its index.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        copy()
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        compute(warpgroup)
+
+
 def run(name, body, outs, scratch, grid, operands):
     """Calls `body(operands, outs, scratch)`, all refs, for each point of (batch, head, block).
 

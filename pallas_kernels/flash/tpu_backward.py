@@ -15,7 +15,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.flash import tpu_common as common
 from pallas_kernels.flash.tpu_common import Visits, cap, product, spread
 from pallas_kernels.flash.tpu_layout import LANES, Layout
-from pallas_kernels.masks.blocks import FULL, PARTIAL
 
 CHUNK = 512  # keys, or rows, of the products of a tile that are in flight at once
 
@@ -81,13 +80,7 @@ def _query_kernel(options, layout, visits, *refs):
         if layout.M:
             take(prefix_k, prefix_v, functools.partial(common.is_slot, layout))
 
-    @common.when_kind(layout, FULL, visit)
-    def _():
-        take(k, v, None)
-
-    @common.when_kind(layout, PARTIAL, visit)
-    def _():
-        take(k, v, lambda keys: common.visible(layout, visit, runs, keys, 0))
+    common.by_kind(layout, visit, runs, 0, functools.partial(take, k, v))
 
     @pl.when(visit.is_last)
     def _():
@@ -134,13 +127,7 @@ def _key_kernel(options, layout, visits, *refs):
         acc_k[...] = jnp.zeros(acc_k.shape)
         acc_v[...] = jnp.zeros(acc_v.shape)
 
-    @common.when_kind(layout, FULL, visit)
-    def _():
-        take(None)
-
-    @common.when_kind(layout, PARTIAL, visit)
-    def _():
-        take(lambda keys: common.visible(layout, visit, runs, keys, 1))
+    common.by_kind(layout, visit, runs, 1, take)
 
     @pl.when(visit.is_last)
     def _():

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.flash.options import Options
 from pallas_kernels.flash.tpu_layout import LANES, Layout
-from pallas_kernels.masks.blocks import decode, tile_list
+from pallas_kernels.masks.blocks import FULL, PARTIAL, decode, tile_list
 
 LIST_LIMIT = 3 * 2**18  # bytes, of the 1 MiB of scalar memory
 VMEM_LIMIT = 15 * 2**20  # bytes; the least of any target is 16 MiB
@@ -153,11 +153,22 @@ def cap(options: Options, s: Array) -> tuple[Array, Array | None]:
     return tanh * (options.soft_cap * LOG2_E), tanh
 
 
-def when_kind(layout: Layout, kind: int, visit: Visit):
-    """Runs a function for tiles of one kind; without a condition if there are no others."""
-    if kind not in layout.kinds:
-        return lambda body: None
-    return pl.when(True if layout.kinds == {kind} else visit.kind == kind)
+def by_kind(layout: Layout, visit: Visit, runs, query_axis: int, take):
+    """Calls `take` for a FULL tile with None, for a PARTIAL one with who sees whom, else not.
+
+    Args:
+      runs, query_axis: as for `visible`.
+      take: its argument is None or a function of a slice of the tile's keys.
+    """
+
+    def when(kind):
+        # Without a condition if there are no other kinds.
+        return pl.when(True if layout.kinds == {kind} else visit.kind == kind)
+
+    if FULL in layout.kinds:
+        when(FULL)(lambda: take(None))
+    if PARTIAL in layout.kinds:
+        when(PARTIAL)(lambda: take(lambda keys: visible(layout, visit, runs, keys, query_axis)))
 
 
 def visible(

@@ -11,7 +11,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.flash import tpu_common as common
 from pallas_kernels.flash.tpu_common import LOWEST, Visits, cap, product, spread
 from pallas_kernels.flash.tpu_layout import LANES, Layout
-from pallas_kernels.masks.blocks import FULL, PARTIAL
 
 CHUNK = 512  # keys
 
@@ -85,13 +84,7 @@ def _kernel(options, layout, visits, *refs):
         if layout.M:
             take(prefix_k, prefix_v, functools.partial(common.is_slot, layout))
 
-    @common.when_kind(layout, FULL, visit)
-    def _():
-        take(k, v, None)
-
-    @common.when_kind(layout, PARTIAL, visit)
-    def _():
-        take(k, v, lambda keys: common.visible(layout, visit, runs, keys, 0))
+    common.by_kind(layout, visit, runs, 0, functools.partial(take, k, v))
 
     @pl.when(visit.is_last)
     def _():
