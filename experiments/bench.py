@@ -125,6 +125,10 @@ def have_peers() -> bool:
 
 
 def main(options: flags.FlagValues) -> None:
+    import jax
+
+    # What is timed runs in processes of its own; this one is to leave a GPU's memory to them.
+    jax.config.update("jax_platforms", "cpu")
     for name, known in (("what", MEASURES), ("allocator", ALLOCATORS)):
         wrong = [word for word in options[name].value if word not in known]
         if wrong or not options[name].value:

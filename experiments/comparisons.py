@@ -166,7 +166,7 @@ def _masks_table(shape: Shape, peers: bool) -> Table:
     note = (
         f"[1, {length}, {shape.heads} heads, {shape.kv_heads} KV, {shape.model(1).head_dim}] "
         f"float32, forward and backward, beside our own attention without a mask. live: share of "
-        f"the blocks of {BLOCK} x {BLOCK} in which something is visible; per live: ratio of the "
+        f"the blocks of {BLOCK} x {BLOCK} that are visited; per live: ratio of the "
         "median times over it, 1 where a block costs what it costs without a mask."
     )
     return Table("attention under masks", note, rows)
