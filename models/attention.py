@@ -1,6 +1,6 @@
-"""The attention mixer: grouped-query attention with a key/value cache and per-stream prefixes."""
+"""The attention mixers: grouped-query attention, over all positions or a window, with prefixes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from models.config import ModelConfig
 from models.context import Context
 from models.layers import apply_rope, project
-from models.transforms import layer_transform
+from models.transforms import Projection, layer_transform
 from models.weights import WeightMaker, zeros
 from pallas_kernels import attention, sharded_attention
 from pallas_kernels.masks import Mask
@@ -57,11 +57,16 @@ class Attention(nnx.Module):
             self.q_bias = weight((heads, head_dim), ("heads", "head_dim"), zeros)
             self.k_bias = weight((kv_heads, head_dim), ("kv_heads", "head_dim"), zeros)
             self.v_bias = weight((kv_heads, head_dim), ("kv_heads", "head_dim"), zeros)
-        self.streams = layer_transform(config, weight)
+        projections = {
+            "q": Projection("heads", heads, head_dim),
+            "k": Projection("kv_heads", kv_heads, head_dim),
+            "v": Projection("kv_heads", kv_heads, head_dim),
+        }
+        self.streams = layer_transform(config, weight, projections)
 
     def __call__(
-        self, x: Float[Array, "B P T D"], context: Context, cache: KVCache | None = None
-    ) -> tuple[Float[Array, "B P T D"], KVCache | None]:
+        self, x: Float[Array, "B P T D"], context: Context, cache: Any = None
+    ) -> tuple[Float[Array, "B P T D"], Any]:
         """Mixes positions.
 
         Args:
@@ -81,23 +86,74 @@ class Attention(nnx.Module):
             q = self.streams.project("q", x, q)
             k = self.streams.project("k", x, k)
             v = self.streams.project("v", x, v)
-            q, k = apply_rope(q, context.rope), apply_rope(k, context.rope)
-        if cache is not None:
-            cache = cache.write(k, v, context.positions)
-            k, v = cache
+            rope = context.rope[q.shape[-1]]
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        k, v, mask, cache = self.remember(k, v, context, cache)
         with jax.named_scope("attention"):
-            y = attend(q, k, v, context.mask, self.streams.prefix())
+            y = attend(q, k, v, mask, self.streams.prefix())
         with jax.named_scope("out"):
             out = self.o[...]
             y = y.reshape(*y.shape[:-2], -1)
             return project(y, out.reshape(-1, out.shape[-1]))[0], cache
 
-    @staticmethod
-    def init_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
+    def remember(
+        self, k: Array, v: Array, context: Context, cache: KVCache | None
+    ) -> tuple[Array, Array, Mask, KVCache | None]:
+        """Keys and values to attend to, who sees them, and the cache after this pass."""
+        if cache is None:
+            return k, v, context.mask, None
+        cache = cache.write(k, v, context.positions)
+        return *cache, context.mask, cache
+
+    def init_cache(self, config: ModelConfig, batch: int, length: int) -> KVCache:
         """An empty cache of `length` slots for `batch` rows, in the type of activations."""
         shape = (batch, config.streams, length, config.kv_heads, config.head_dim)
         empty = jnp.zeros(shape, config.dtype)
         return KVCache(empty, empty)
+
+
+class WindowCache(NamedTuple):
+    """Keys (rotated) and values of the last positions; slot s holds the last p with p % W = s.
+
+    Attributes:
+      k, v: `[B, P, W, K, h]`.
+    """
+
+    k: Float[Array, "B P W K h"]
+    v: Float[Array, "B P W K h"]
+
+
+class WindowAttention(Attention):
+    """Softmax attention over the last positions, the own among them, and over the prefix."""
+
+    def __init__(self, config: ModelConfig, weight: WeightMaker):
+        super().__init__(config, weight)
+        self.window = config.window
+
+    def remember(self, k, v, context, cache):
+        if cache is None:
+            return k, v, context.window_mask, None
+        slots, new = cache.k.shape[2], k.shape[2]
+        k, v = jnp.concatenate([cache.k, k], 2), jnp.concatenate([cache.v, v], 2)
+        first, slot = context.positions[:, :1], jnp.arange(slots)
+        held = _last_in_slot(first - 1, slot, slots)
+        end = jnp.where(held >= 0, jnp.clip(held + self.window - first, 0, new), 0)
+        token = jnp.broadcast_to(jnp.arange(new), (len(first), new))
+        start = jnp.concatenate([jnp.zeros_like(end), token], 1)
+        end = jnp.concatenate([end, jnp.minimum(token + self.window, new)], 1)
+        mask = Mask(jnp.stack([start, end], 1)[:, None], queries=new)
+        kept = _last_in_slot(first + context.real_tokens()[:, None] - 1, slot, slots)
+        index = jnp.where(kept >= first, slots + kept - first, slot)[:, None, :, None, None]
+        return k, v, mask, WindowCache(*(jnp.take_along_axis(x, index, 2) for x in (k, v)))
+
+    def init_cache(self, config: ModelConfig, batch: int, length: int) -> WindowCache:
+        """As for attention over all positions, but of no more slots than the window has."""
+        return WindowCache(*super().init_cache(config, batch, min(self.window, length)))
+
+
+def _last_in_slot(position, slot, slots):
+    """The last position up to `position` that a ring of `slots` holds in `slot`; negative: none."""
+    return position - (position - slot) % slots
 
 
 def attend(

@@ -2,24 +2,40 @@
 
 import dataclasses
 
-from sharding.settings import InputError, check_at_least, check_choices, option
+from sharding.settings import InputError, check_at_least, check_choices, nearest, option
 
 TRANSFORMS = ("prefix", "soft_tokens", "low_rank", "bias")
 TRANSFORM_INITS = ("normal", "tokens")
 AGGREGATIONS = ("dynamic", "constant", "mean")
+ATTENTION = ("attention", "window")
+RECURRENT = (
+    "retention", "gla", "mlstm_exp", "mlstm_sigmoid", "delta_net", "gated_delta_net", "kda",
+    "aaren",
+)  # fmt: skip
+MIXERS = ATTENTION + RECURRENT
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen2-family decoder with P streams. Axis letters in brackets as in the README."""
+    """A decoder with P streams, by default of the Qwen2 family.
+
+    Axis letters in brackets as in the README.
+    """
 
     vocab_size: int = option(256, "tokens in the vocabulary [V]")
     width: int = option(128, "width of the residual stream [D]")
     layers: int = option(4, "layers [L]")
-    heads: int = option(4, "query heads [H]")
-    kv_heads: int = option(2, "key/value heads [K]")
+    mixers: tuple[str, ...] = option(
+        ("attention",), f"mixers of the layers, repeated over them, of {', '.join(MIXERS)}"
+    )
+    heads: int = option(4, "query heads of attention, value heads of a recurrent mixer [H]")
+    kv_heads: int = option(2, "key/value heads; query/key heads of a recurrent mixer [K]")
     mlp_width: int = option(352, "width of the SwiGLU hidden layer [F]")
-    qkv_bias: bool = option(True, "biases on the q, k and v projections")
+    qkv_bias: bool = option(True, "biases on the q, k and v projections of attention")
+    window: int = option(1024, "positions that a window mixer sees, the token's own among them")
+    key_dim: int = option(0, "head dimension of a recurrent mixer's keys [hk]; 0: width / heads")
+    value_dim: int = option(0, "and of its values [hv]; 0: width / heads")
+    conv_size: int = option(4, "tokens in a short convolution, the own among them (delta mixers)")
     tied_embeddings: bool = option(True, "the LM head is the token embedding")
     rope_theta: float = option(10000.0, "base of the rotary position embedding")
     norm_eps: float = option(1e-6, "epsilon of RMSNorm")
@@ -58,9 +74,9 @@ class ModelConfig:
         check_choices(self)
         check_at_least(
             self, 1, "vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width", "streams",
-            "transform_size", "max_length",
+            "transform_size", "max_length", "window", "conv_size",
         )  # fmt: skip
-        check_at_least(self, 0, "norm_eps", "init_std", "transform_std")
+        check_at_least(self, 0, "key_dim", "value_dim", "norm_eps", "init_std", "transform_std")
         if self.rope_theta <= 0:
             raise InputError(f"rope_theta={self.rope_theta}: expected more than 0")
         if self.width % self.heads:
@@ -82,10 +98,45 @@ class ModelConfig:
             raise InputError(
                 f"transform_init=tokens: only transform=prefix starts so, not {self.transform}"
             )
+        self._check_mixers()
         if not 0.0 <= self.smoothing <= 1.0:
             raise InputError(f"smoothing={self.smoothing}: expected a value from 0 to 1")
 
+    def _check_mixers(self):
+        for name in self.mixers:
+            if name not in MIXERS:
+                raise InputError(
+                    f"mixers={','.join(self.mixers)}: expected some of {', '.join(MIXERS)}"
+                    + nearest(name, MIXERS)
+                )
+        if not self.mixers or self.layers % len(self.mixers):
+            raise InputError(
+                f"layers={self.layers} is not a multiple of the {len(self.mixers)} names in "
+                f"mixers={','.join(self.mixers)}, which are repeated over the layers"
+            )
+        recurrent = [name for name in self.mixers if name in RECURRENT]
+        if recurrent and self.transform_init == "tokens":
+            raise InputError(
+                f"transform_init=tokens: prefixes of attention start so, but {recurrent[0]} has "
+                "initial states"
+            )
+        if "retention" in self.mixers and self.key_head_dim % 2:
+            raise InputError(
+                f"key_dim={self.key_dim} gives retention a head dimension of {self.key_head_dim}: "
+                "rotary position embedding needs an even one"
+            )
+
     @property
     def head_dim(self) -> int:
-        """Width of one head [h]."""
+        """Width of one head of attention [h]."""
         return self.width // self.heads
+
+    @property
+    def key_head_dim(self) -> int:
+        """Width of one key of a recurrent mixer [hk]."""
+        return self.key_dim or self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Width of one value of a recurrent mixer [hv]."""
+        return self.value_dim or self.head_dim

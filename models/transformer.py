@@ -8,10 +8,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.aggregation import make_aggregation
-from models.attention import Attention
-from models.config import ModelConfig
+from models.attention import KVCache
+from models.config import ATTENTION, ModelConfig
 from models.context import Context
 from models.layers import RMSNorm, SwiGLU, rope_tables
+from models.mixers import MIXERS
 from models.transforms import SoftTokens, prefix_from_tokens
 from models.weights import WeightMaker
 from pallas_kernels import masks
@@ -23,9 +24,9 @@ STREAM_ACTIVATIONS = ("batch", "streams", "length", None)
 class Layer(nnx.Module):
     """A pre-norm decoder layer: positions are mixed, then channels."""
 
-    def __init__(self, config: ModelConfig, weight: WeightMaker):
+    def __init__(self, config: ModelConfig, weight: WeightMaker, mixer: str):
         self.mixer_norm = RMSNorm(config, weight)
-        self.mixer = Attention(config, weight)
+        self.mixer = MIXERS[mixer](config, weight)
         self.mlp_norm = RMSNorm(config, weight)
         self.mlp = SwiGLU(config, weight)
 
@@ -42,15 +43,19 @@ class Layer(nnx.Module):
 class LanguageModel(nnx.Module):
     """Token ids to logits, through P streams.
 
-    The weights of the layers are stacked `[L, ...]` under `layers`; `unstack` gives the same model
-    with a list of layers, which decodes faster on CPU.
+    The weights of the layers are stacked `[L, ...]` under `layers`; where several mixers take
+    turns, there is one stack for each place in their pattern, `layers.<place>_<mixer>`. `unstack`
+    gives the same model with a list of layers, which decodes faster on CPU.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         weight = WeightMaker(rngs, config.init_std)
         self.embedding = weight((config.vocab_size, config.width), ("vocab", "embed"))
-        self.layers = Layer(config, WeightMaker(rngs, config.init_std, config.layers))
+        stacked = WeightMaker(rngs, config.init_std, config.layers // len(config.mixers))
+        stacks = [Layer(config, stacked, mixer) for mixer in config.mixers]
+        names = [f"{place}_{mixer}" for place, mixer in enumerate(config.mixers)]
+        self.layers = stacks[0] if len(stacks) == 1 else nnx.Dict(zip(names, stacks, strict=True))
         self.norm = RMSNorm(config, weight)
         if not config.tied_embeddings:
             self.head = weight((config.width, config.vocab_size), ("embed", "vocab"))
@@ -76,6 +81,7 @@ class LanguageModel(nnx.Module):
           positions: place of each token in its document; 0, 1, 2, ... by default. Given a cache,
             the positions of a row are consecutive and say where in the cache it goes on.
           segment_ids: documents of a row, which do not see each other, count from 1; 0 is padding.
+            Given a cache, a row has one document, and its padding stands behind it.
           cache: what `init_cache` or an earlier call gave.
 
         Returns:
@@ -104,8 +110,7 @@ class LanguageModel(nnx.Module):
         x = rules.constrain(jnp.broadcast_to(x[:, None], shape), *STREAM_ACTIVATIONS)
         if cache is not None:
             positions = positions + self._soft_length
-            mask = masks.cached(positions, self._cache_length(cache))
-            return self._decoder(x, positions, mask, None, cache)
+            return self._decoder(x, positions, None, segment_ids, cache)
         mask = masks.causal() if segment_ids is None else masks.packed(segment_ids)
         if not self._soft_length:
             return self._decoder(x, positions, mask, segment_ids, None)
@@ -131,20 +136,29 @@ class LanguageModel(nnx.Module):
     def init_cache(self, batch: int, length: int) -> Any:
         """A cache for `batch` rows of up to `length` tokens, as calls of this model expect it."""
         soft = self._soft_length
-        caches = tuple(
-            Attention.init_cache(self.config, batch, soft + length)
-            for _ in range(self.config.layers)
-        )
-        cache = caches if self._unrolled else jax.tree.map(lambda *c: jnp.stack(c), *caches)
+        caches = [
+            self._layer(index).mixer.init_cache(self.config, batch, soft + length)
+            for index in range(self.config.layers)
+        ]
+        cache = tuple(caches)
+        if not self._unrolled:
+            places = len(self.config.mixers)
+            cache = tuple(
+                jax.tree.map(lambda *parts: jnp.stack(parts), *caches[place::places])
+                for place in range(places)
+            )
         if soft:
             x = jnp.broadcast_to(
                 self.soft_tokens.tokens[...].astype(self.config.dtype),
                 (batch, self.config.streams, soft, self.config.width),
             )
             positions = jnp.broadcast_to(jnp.arange(soft, dtype=jnp.int32), (batch, soft))
-            mask = masks.cached(positions, soft + length)
-            _, cache = self._decoder(x, positions, mask, None, cache)
+            _, cache = self._decoder(x, positions, None, None, cache)
         return cache
+
+    def stacks(self) -> list[Layer]:
+        """The stacked layers, one stack for each place in the pattern of mixers."""
+        return list(self.layers.values()) if isinstance(self.layers, nnx.Dict) else [self.layers]
 
     def unstack(self) -> "LanguageModel":
         """The same model with one set of weights per layer instead of stacks."""
@@ -152,7 +166,7 @@ class LanguageModel(nnx.Module):
             return self
         graph, rest = nnx.split(self)
         model = nnx.merge(graph, rest)
-        model.layers = nnx.List([self._slice_layer(layer) for layer in range(self.config.layers)])
+        model.layers = nnx.List([self._layer(index) for index in range(self.config.layers)])
         return model
 
     @property
@@ -167,12 +181,12 @@ class LanguageModel(nnx.Module):
         soft = self.config.streams > 1 and self.config.transform == "soft_tokens"
         return self.config.transform_size if soft else 0
 
-    def _cache_length(self, cache: Any) -> int:
-        return jax.tree.leaves(cache)[0].shape[-3]
-
-    def _slice_layer(self, index: int) -> Layer:
-        graph, stack = nnx.split(self.layers)
-        return nnx.merge(graph, jax.tree.map(lambda array: array[index], nnx.to_pure_dict(stack)))
+    def _layer(self, index: int) -> Layer:
+        if isinstance(self.layers, nnx.List):
+            return self.layers[index]
+        repeat, place = divmod(index, len(self.config.mixers))
+        graph, stack = nnx.split(self.stacks()[place])
+        return nnx.merge(graph, jax.tree.map(lambda array: array[repeat], nnx.to_pure_dict(stack)))
 
     def _prepend_soft_tokens(self, x, positions, mask):
         """The soft tokens stand at positions 0 ... M-1 before the real ones, which all see them."""
@@ -191,11 +205,22 @@ class LanguageModel(nnx.Module):
         return x, positions, mask
 
     def _decoder(self, x, positions, mask, segment_ids, cache):
-        """All layers and the final norm."""
+        """All layers and the final norm; given a cache, attention's mask is what it holds."""
+        config, length = self.config, x.shape[2]
+        rotated = {config.head_dim} if set(config.mixers) & set(ATTENTION) else set()
+        rotated |= {config.key_head_dim} if "retention" in config.mixers else set()
+        is_cache = lambda node: isinstance(node, KVCache)
+        held = [node for node in jax.tree.leaves(cache, is_leaf=is_cache) if is_cache(node)]
+        if held:
+            mask = masks.cached(positions, held[0].k.shape[-3])
+        window_mask = None
+        if cache is None and "window" in config.mixers:
+            window_mask = masks.sliding_window(length, config.window) & mask
         context = Context(
             positions=positions,
-            rope=rope_tables(positions, self.config.head_dim, self.config.rope_theta),
+            rope={h: rope_tables(positions, h, config.rope_theta) for h in rotated},
             mask=mask,
+            window_mask=window_mask,
             segment_ids=segment_ids,
         )
         x, cache = self._run_layers(x, context, cache)
@@ -211,24 +236,24 @@ class LanguageModel(nnx.Module):
                 "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             }[self.config.remat]
             run = jax.checkpoint(run, policy=policy, static_argnums=0)
-        if isinstance(self.layers, nnx.List) or self._unrolled:
-            caches = []
-            for index in range(self.config.layers):
-                layer = (
-                    self.layers[index]
-                    if isinstance(self.layers, nnx.List)
-                    else self._slice_layer(index)
-                )
-                graph, weights = nnx.split(layer)
-                x, layer_cache = run(
-                    graph, nnx.to_pure_dict(weights), x, None if cache is None else cache[index]
-                )
-                caches.append(layer_cache)
-            return x, None if cache is None else tuple(caches)
-        graph, stack = nnx.split(self.layers)
 
-        def step(x, layer):
-            weights, layer_cache = layer
-            return run(graph, weights, x, layer_cache)
+        def run_all(graphs, x, weights, caches):
+            """Layers one after the other, and their new caches."""
+            new = []
+            for graph, layer, layer_cache in zip(graphs, weights, caches, strict=True):
+                x, layer_cache = run(graph, layer, x, layer_cache)
+                new.append(layer_cache)
+            return x, tuple(new)
 
-        return jax.lax.scan(step, x, (nnx.to_pure_dict(stack), cache))
+        unrolled = self._unrolled
+        layers = map(self._layer, range(self.config.layers)) if unrolled else self.stacks()
+        graphs, weights = zip(*map(nnx.split, layers), strict=True)
+        weights = tuple(map(nnx.to_pure_dict, weights))
+        caches = (None,) * len(graphs) if cache is None else cache
+        if unrolled:
+            x, new = run_all(graphs, x, weights, caches)
+        else:
+            x, new = jax.lax.scan(
+                lambda x, layers: run_all(graphs, x, *layers), x, (weights, caches)
+            )
+        return x, None if cache is None else new

@@ -1,11 +1,12 @@
 """What makes one stream differ from another (ParScale, arXiv 2505.10475, section 3).
 
-A transform acts inside a layer's attention through two hooks, `prefix` and `project`. The base
-class does nothing in either, and is what the plain model (P = 1) has. Soft tokens act once, at the
-input of the model, and have a class of their own.
+A transform acts inside a layer's mixer through the hooks `prefix` (attention), `state` (recurrent
+mixers) and `project`. The base class does nothing in them, and is what the plain model (P = 1) has.
+Soft tokens act once, at the input of the model, and have a class of their own.
 """
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,23 @@ from models.config import ModelConfig
 from models.weights import TransformParam, WeightMaker, normal, zeros
 
 
+class Projection(NamedTuple):
+    """What a projection of a mixer gives: `axis` is the logical axis of its heads."""
+
+    axis: str
+    heads: int
+    head_dim: int
+
+
 class StreamTransform(nnx.Module):
     """No transform: every stream computes the same."""
 
     def prefix(self) -> tuple[Array, Array] | None:
         """Keys and values `[P, K, M, h]` that stand before the real ones, or None."""
+        return None
+
+    def state(self) -> Any:
+        """What a recurrence starts from, its first axis P; None: nothing."""
         return None
 
     def project(self, name: str, x: Float[Array, "B P T D"], y: Array) -> Array:
@@ -44,9 +57,13 @@ class Prefix(StreamTransform):
 class LowRank(StreamTransform):
     """Per-stream low-rank deltas on the q and v projections: y + (x A_p) B_p, B_p zero at first."""
 
-    def __init__(self, config: ModelConfig, weight: WeightMaker):
+    def __init__(
+        self, config: ModelConfig, weight: WeightMaker, projections: Mapping[str, Projection]
+    ):
         streams, rank = config.streams, config.transform_size
-        for name, heads, axis in (("q", config.heads, "heads"), ("v", config.kv_heads, "kv_heads")):
+        self.names = tuple(name for name in projections if name != "k")
+        for name in self.names:
+            axis, heads, head_dim = projections[name]
             down = weight(
                 (streams, config.width, rank),
                 ("streams", "embed", "rank"),
@@ -54,7 +71,7 @@ class LowRank(StreamTransform):
                 TransformParam,
             )
             up = weight(
-                (streams, rank, heads, config.head_dim),
+                (streams, rank, heads, head_dim),
                 ("streams", "rank", axis, "head_dim"),
                 zeros,
                 TransformParam,
@@ -63,7 +80,7 @@ class LowRank(StreamTransform):
             setattr(self, f"{name}_up", up)
 
     def project(self, name: str, x: Float[Array, "B P T D"], y: Array) -> Array:
-        if name == "k":
+        if name not in self.names:
             return y
         down = getattr(self, f"{name}_down")[...].astype(x.dtype)
         up = getattr(self, f"{name}_up")[...].astype(x.dtype)
@@ -73,11 +90,12 @@ class LowRank(StreamTransform):
 class Bias(StreamTransform):
     """Per-stream biases on the q, k and v projections."""
 
-    def __init__(self, config: ModelConfig, weight: WeightMaker):
-        for name in ("q", "k", "v"):
-            heads, axis = (config.heads, "heads") if name == "q" else (config.kv_heads, "kv_heads")
+    def __init__(
+        self, config: ModelConfig, weight: WeightMaker, projections: Mapping[str, Projection]
+    ):
+        for name, (axis, heads, head_dim) in projections.items():
             bias = weight(
-                (config.streams, heads, config.head_dim),
+                (config.streams, heads, head_dim),
                 ("streams", axis, "head_dim"),
                 normal(config.transform_std),
                 TransformParam,
@@ -108,24 +126,41 @@ def prefix_from_tokens(model: Any, key: Array) -> None:
     layer.
 
     Args:
-      model: a `LanguageModel` with stacked layers and the transform "prefix"; changed in place.
+      model: a `LanguageModel` with stacked layers of attention and the transform "prefix"; changed
+        in place.
       key: of the draw.
     """
-    config, mixer = model.config, model.layers.mixer
+    config = model.config
     shape = (config.streams, config.transform_size)
     tokens = jax.random.randint(key, shape, 0, config.vocab_size)
     x = model.embedding[...][tokens]
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + config.norm_eps)
-    x = jnp.einsum("pmd,ld->lpmd", x, model.layers.mixer_norm.scale[...])
-    for name in ("k", "v"):
-        y = jnp.einsum("lpmd,ldkh->lpkmh", x, getattr(mixer, name)[...])
-        if mixer.biased:
-            y += getattr(mixer, f"{name}_bias")[...][:, None, :, None, :]
-        getattr(mixer.streams, name)[...] = y
+    for stack in model.stacks():
+        mixer = stack.mixer
+        normed = jnp.einsum("pmd,ld->lpmd", x, stack.mixer_norm.scale[...])
+        for name in ("k", "v"):
+            y = jnp.einsum("lpmd,ldkh->lpkmh", normed, getattr(mixer, name)[...])
+            if mixer.biased:
+                y += getattr(mixer, f"{name}_bias")[...][:, None, :, None, :]
+            getattr(mixer.streams, name)[...] = y
 
 
-def layer_transform(config: ModelConfig, weight: WeightMaker) -> StreamTransform:
-    """The transform that `config` asks for inside each layer."""
+def layer_transform(
+    config: ModelConfig,
+    weight: WeightMaker,
+    projections: Mapping[str, Projection],
+    prefix: Callable[[ModelConfig, WeightMaker], StreamTransform] = Prefix,
+) -> StreamTransform:
+    """The transform that `config` asks for inside each layer.
+
+    Args:
+      config: the model.
+      weight: makes the transform's weights.
+      projections: those of the mixer's "q", "k" and "v" that depend on the input.
+      prefix: what transform=prefix is for this mixer.
+    """
     if config.streams == 1 or config.transform == "soft_tokens":
         return StreamTransform()
-    return {"prefix": Prefix, "low_rank": LowRank, "bias": Bias}[config.transform](config, weight)
+    if config.transform == "prefix":
+        return prefix(config, weight)
+    return {"low_rank": LowRank, "bias": Bias}[config.transform](config, weight, projections)

@@ -76,3 +76,37 @@ def normal(std: float) -> Initializer:
         return std * jax.random.normal(key, drawn, dtype).reshape(shape)
 
     return init
+
+
+def constant(value: float) -> Initializer:
+    """The same initial value everywhere."""
+    return nnx.initializers.constant(value)
+
+
+def uniform(low: float, high: float) -> Initializer:
+    """Initial values from a uniform distribution."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high)
+
+
+def linspace(first: float, last: float) -> Initializer:
+    """Values from `first` to `last` at equal distances along the last axis."""
+    return lambda key, shape, dtype: jnp.broadcast_to(
+        jnp.linspace(first, last, shape[-1], dtype=dtype), shape
+    )
+
+
+def log_uniform(low: float, high: float) -> Initializer:
+    """Logarithms of values from a uniform distribution."""
+    draw = uniform(low, high)
+    return lambda key, shape, dtype: jnp.log(draw(key, shape, dtype))
+
+
+def softplus_inverse_of(low: float, high: float) -> Initializer:
+    """Values whose softplus has a logarithm from a uniform distribution, from `low` to `high`."""
+    draw = uniform(math.log(low), math.log(high))
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        value = jnp.exp(draw(key, shape, dtype))
+        return value + jnp.log(-jnp.expm1(-value))
+
+    return init

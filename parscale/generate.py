@@ -142,12 +142,14 @@ def prefill(
 ) -> tuple[Int[Array, "B"], Any]:
     """The first new token of each row, and the cache after its prompt.
 
-    A row shorter than the others is padded behind its end. What the padding writes to the cache is
-    overwritten by the tokens that follow before any of them can see it.
+    A row shorter than the others is padded behind its end. Recurrent states pass the padding
+    unchanged; the keys and values it writes are overwritten by the tokens that follow before any
+    of them can see it.
     """
     model = nnx.merge(graph, params)
     cache = model.init_cache(ids.shape[0], slots)
-    x, cache = model.run_streams(ids, cache=cache)
+    real = jnp.arange(ids.shape[1]) < lengths[:, None]
+    x, cache = model.run_streams(ids, segment_ids=real.astype(jnp.int32), cache=cache)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None, None], 2)
     logits = model.logits(model.mix(last))[:, 0]
     return choose(logits, keys, lengths, sampling), cache

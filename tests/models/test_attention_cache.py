@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 from random_models import SMALL, make_model, random_ids
 
+from models.config import MIXERS
+
 LENGTHS = np.array([9, 6], np.int32)
 STEPS = 3
 
@@ -29,9 +31,10 @@ def decoded_and_full(config) -> tuple[list[np.ndarray], list[np.ndarray]]:
     def run(params):
         model = nnx.merge(graph, params)
         cache = model.init_cache(2, 14)
-        first, cache = model(prompt[:, :5], cache=cache)
+        real = (np.arange(9) < LENGTHS[:, None]).astype(np.int32)
+        first, cache = model(prompt[:, :5], segment_ids=real[:, :5], cache=cache)
         places = jnp.broadcast_to(jnp.arange(5, 9, dtype=jnp.int32), (2, 4))
-        second, cache = model(prompt[:, 5:], positions=places, cache=cache)
+        second, cache = model(prompt[:, 5:], positions=places, segment_ids=real[:, 5:], cache=cache)
 
         def step(carry, token):
             positions, cache = carry
@@ -64,6 +67,14 @@ def test_cached_decoding_equals_the_forward_pass(streams, transform, layer_loop)
     config = dataclasses.replace(SMALL, streams=streams, transform=transform, layer_loop=layer_loop)
     for decoded, full in zip(*decoded_and_full(config), strict=True):
         # The same float32 sums in another order, on logits of size 5.
+        np.testing.assert_allclose(decoded, full, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_decodes_what_its_forward_pass_computes(mixer):
+    # A window of four wraps its cache around in the prefill and again in decoding.
+    config = dataclasses.replace(SMALL, streams=2, mixers=(mixer,), window=4, key_dim=6)
+    for decoded, full in zip(*decoded_and_full(config), strict=True):
         np.testing.assert_allclose(decoded, full, rtol=0, atol=2e-5)
 
 
