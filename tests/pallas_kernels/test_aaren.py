@@ -14,6 +14,15 @@ from pallas_kernels.linear.aaren import AarenState, aaren, merge_parts
 B, P, H, h, hv = 2, 3, 2, 8, 5
 
 
+@pytest.fixture(autouse=True)
+def little_optimization():
+    """Nearly all the time goes into compiling."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def inputs(T, dtype=np.float32, seed=0):
     random = np.random.default_rng(seed)
     shapes = (H, h), (B, P, T, H, h), (B, P, T, H, hv)
