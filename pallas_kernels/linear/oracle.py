@@ -89,9 +89,10 @@ def quadratic(options: Options, inputs: Inputs) -> tuple[Array, NormalizedState]
         written = weight[..., None] * v
         if beta is not None:
             overlap = jnp.einsum("...ik,...jk,...ijk->...ij", k, k, fades)
-            system = jnp.eye(T, dtype=wide) + beta[..., None] * jnp.tril(overlap, -1)
             expected = jnp.einsum("...tk,...tkv->...tv", k * since, S)
-            written = jnp.linalg.solve(system, beta[..., None] * (v - expected))
+            written = _substitute(
+                beta[..., None] * jnp.tril(overlap, -1), beta[..., None] * (v - expected)
+            )
         out = jnp.einsum("...tk,...tkv->...tv", q * since, S) + scores @ written
         last = fades[..., -1, :, :] * k
         S = since[..., -1, :, None] * S[..., -1, :, :]
@@ -103,6 +104,16 @@ def quadratic(options: Options, inputs: Inputs) -> tuple[Array, NormalizedState]
         n = since[..., -1, :] * n[..., -1, :] + jnp.sum(last * weight[..., None], -2)
         m = jnp.zeros(n.shape[:-1], wide)
     return jnp.moveaxis(out, 3, 2).astype(inputs.v.dtype), NormalizedState(S, n, m)
+
+
+def _substitute(a: Array, right: Array) -> Array:
+    """x of (I + a) x = right, row by row, for strictly lower triangular `a`."""
+
+    def step(x, i):
+        row = right[..., i, :] - jnp.einsum("...j,...jv->...v", a[..., i, :], x)
+        return x.at[..., i, :].set(row), None
+
+    return jax.lax.scan(step, jnp.zeros_like(right), jnp.arange(a.shape[-1]))[0]
 
 
 def _found(options, inputs, documents):

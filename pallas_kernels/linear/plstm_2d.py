@@ -42,7 +42,7 @@ def plstm_2d(
     *,
     scale: float | None = None,
     initial_state: GridState | None = None,
-    cell: int = 8,
+    cell: int = 4,
 ) -> tuple[Float[Array, "*lead Y X H hv"], GridState]:
     """The recurrence of pLSTM in two dimensions, from the upper left to the lower right.
 
@@ -249,7 +249,7 @@ def every_orientation(
     gates: Sequence[GridGates],
     *,
     scale: float | None = None,
-    cell: int = 8,
+    cell: int = 4,
 ) -> Float[Array, "*lead Y X H hv"]:
     """The mean of `plstm_2d` from all four corners, so that every node sees every other.
 
