@@ -156,7 +156,7 @@ def _fold(q, k, v, gates, segment_ids, initial, restart, normalize) -> Inputs:
     """`Inputs` of arguments that fit together."""
     lead, T = q.shape[:-3], q.shape[-3]
     N, P = math.prod(lead[:-1]), math.prod(lead[-1:])
-    fold = lambda x: x.reshape(N, P, *x.shape[len(lead) :])  # noqa: E731
+    fold = lambda x: x.reshape(N, P, *x.shape[len(lead) :])
     inputs = Inputs(q, k, v, **gates, documents=None, initial=None, restart=None)
     wide = wide_type(inputs)
     q, k, v = map(fold, (q, k, v))
@@ -171,7 +171,7 @@ def _fold(q, k, v, gates, segment_ids, initial, restart, normalize) -> Inputs:
         segment_ids = jnp.broadcast_to(segment_ids, rows).reshape(N, -1, T)
         documents = count_documents(segment_ids)
         live = segment_ids != 0
-        of = lambda x: live.reshape(*live.shape, *[1] * (x.ndim - 3))  # noqa: E731
+        of = lambda x: live.reshape(*live.shape, *[1] * (x.ndim - 3))
         q, k, v = (jnp.where(of(x), x, 0) for x in (q, k, v))
         for name, neutral in (("log_decay", 0.0), ("beta", 0.0), ("input_gate", LOWEST)):
             if gates[name] is not None:

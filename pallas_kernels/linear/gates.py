@@ -171,7 +171,7 @@ def _running_maximum(options, inputs, decay, gate, documents):
     begin, again = (
         state(options, inputs).maximum[..., None] for state in (initial_state, restart_state)
     )
-    whole = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], n * C)  # noqa: E731
+    whole = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], n * C)
     decay, gate = whole(decay), whole(gate)
     first = jnp.arange(n * C) == 0
     new, source = first, begin

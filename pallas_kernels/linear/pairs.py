@@ -21,7 +21,7 @@ def decayed_products(
     the sum at its corner for both: exp(total_i - corner) exp(corner - total_j), none above 1. The
     squares halve towards the diagonal, where blocks of `BASE` take each pair for itself.
     """
-    fold = lambda y: y.reshape(-1, *y.shape[-2:])  # noqa: E731
+    fold = lambda y: y.reshape(-1, *y.shape[-2:])
     folded = _products(fold(x), fold(k), Exact(*map(fold, total)))
     return folded.reshape(*x.shape[:-1], x.shape[-2])
 
@@ -38,7 +38,7 @@ def _products(x, k, total):
     left = x[bottom] * jnp.exp(total[bottom] - corner)
     right = k[top] * jnp.exp(corner - total[top])
     below = left @ right.mT
-    both = lambda y: jnp.concatenate([y[top], y[bottom]])  # noqa: E731
+    both = lambda y: jnp.concatenate([y[top], y[bottom]])
     first, second = jnp.split(_products(both(x), both(k), Exact(*map(both, total))), 2)
     upper = jnp.concatenate([first, jnp.zeros_like(below)], -1)
     return jnp.concatenate([upper, jnp.concatenate([below, second], -1)], -2)

@@ -35,7 +35,7 @@ def backward(options: Options, inputs: Inputs, out, starts, dout, dend) -> Input
     """By the contract of `pallas_kernels.linear.api`."""
     del out, starts
     documents = inputs.documents
-    take = lambda x: chunkwise(options, x._replace(documents=documents))  # noqa: E731
+    take = lambda x: chunkwise(options, x._replace(documents=documents))
     _, pull = jax.vjp(take, inputs._replace(documents=None))
     return pull((dout, dend))[0]
 
@@ -59,13 +59,13 @@ def _forward(options, inputs, save):
         visible &= rows.documents[..., :, None] == rows.documents[..., None, :]
     if per_key:
         q, k = spread(q), spread(k)
-        products = lambda x: jnp.where(visible, decayed_products(x, k, rows.total), 0)  # noqa: E731
+        products = lambda x: jnp.where(visible, decayed_products(x, k, rows.total), 0)
     elif rows.total is None:
-        products = lambda x: jnp.where(visible, spread(x @ k.mT), 0)  # noqa: E731
+        products = lambda x: jnp.where(visible, spread(x @ k.mT), 0)
     else:
         fade = rows.total[..., :, None] - rows.total[..., None, :]
         fade = jnp.exp(jnp.where(visible, fade, -jnp.inf))
-        products = lambda x: spread(x @ k.mT) * fade  # noqa: E731
+        products = lambda x: spread(x @ k.mT) * fade
 
     def times(factor, x):
         """`x` times a factor of `Rows`."""
@@ -83,7 +83,7 @@ def _forward(options, inputs, save):
     if inputs.beta is not None:
         overlap = jnp.tril(products(k), -1) * rows.weight[..., None]
         inverse = unit_lower_inverse(overlap)
-        weighted = lambda factor: times(factor, k) * rows.weight[..., None]  # noqa: E731
+        weighted = lambda factor: times(factor, k) * rows.weight[..., None]
         found = inverse @ weighted(rows.enter)
         if rows.restart is not None:
             written = written - weighted(rows.restart) @ S0
