@@ -1,0 +1,257 @@
+"""The TPU kernels of linear attention: over the chunks with the state, and back with its gradient.
+
+Both hold what they carry from chunk to chunk in an output block that stays the same along the last
+axis of the grid, which is in VMEM from the first chunk to the last.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels.linear.tpu_layout import Layout
+from pallas_kernels.linear.tpu_tile import State, Tokens, tile
+
+VMEM_LIMIT = 15 * 2**20
+"""Bytes; the least of any target is 16 MiB."""
+
+
+def forward(
+    layout: Layout, names, arrays: dict[str, Array], dtype, save: bool, interpret
+) -> dict[str, Array]:
+    """Output, state after the last token, and states before each chunk.
+
+    Args:
+      names: of the lanes and lines of gates, by operand.
+      arrays: `q`, `k`, `v`, and of these what there is: `decay`, `columns`, `rows`,
+        `fixed_columns`, `fixed_rows`, and `initial` and `restart`, `_matrix` and `_normalizer`;
+        folded as in `tpu_layout`.
+      dtype: of the output.
+
+    Returns:
+      `out` like v; `end_matrix` and `end_normalizer` `[b, H, ...]`; if `save`, `starts_matrix` and
+      `starts_normalizer` `[chunks, b, H, ...]`.
+    """
+    L = layout
+    results = {"out": jax.ShapeDtypeStruct(arrays["v"].shape, dtype), **states(L, "end")}
+    if save:
+        results |= states(L, "starts", L.chunks)
+    return _call(_forward_kernel, L, names, arrays, results, interpret)
+
+
+def backward(layout: Layout, names, arrays: dict[str, Array], interpret) -> dict[str, Array]:
+    """Gradients of all operands of `forward`.
+
+    Args:
+      arrays: those of `forward`, with `dout` like v, `starts_` and `dend_` as its results.
+
+    Returns:
+      `d_` and the name of an operand: `d_q` and `d_k` `[splits, b, T, lanes]`, to be summed;
+      `d_initial_` and `d_restart_` `[b, H, ...]`; the others like the operands.
+    """
+    L = layout
+    like = {name: arrays[name] for name in ("v", "decay", "columns", "rows") if name in arrays}
+    results = {f"d_{n}": jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in like.items()}
+    for name in ("q", "k"):
+        x = arrays[name]
+        wide = x.dtype if L.splits == 1 else jnp.float32
+        results[f"d_{name}"] = jax.ShapeDtypeStruct((L.splits, *x.shape), wide)
+    results |= states(L, "d_initial")
+    if "restart_matrix" in arrays:
+        results |= states(L, "d_restart")
+    return _call(_backward_kernel, L, names, arrays, results, interpret, back=True)
+
+
+def states(layout, name, *lead):
+    lead = (*lead, layout.sequences, layout.H)
+    shapes = {f"{name}_matrix": (*lead, layout.hk, layout.hv)}
+    if layout.form.normalize:
+        shapes[f"{name}_normalizer"] = (*lead, 1, layout.hk)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+def _call(kernel, layout, names, arrays, results, interpret, back=False):
+    def body(*refs):
+        kernel(layout, names, dict(zip((*arrays, *results), refs, strict=True)))
+
+    spec = functools.partial(_spec, layout, back)
+    made = pl.pallas_call(
+        body,
+        grid=(layout.sequences, layout.groups, layout.chunks),
+        in_specs=[spec(name, x.shape) for name, x in arrays.items()],
+        out_specs=[spec(name, x.shape) for name, x in results.items()],
+        out_shape=list(results.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        interpret=interpret,
+        name=f"linear_attention{kernel.__name__.removesuffix('_kernel')}",
+    )(*arrays.values())
+    return dict(zip(results, made, strict=True))
+
+
+def _spec(layout, back, name, shape):
+    """The block of an operand or a result that step (b, group, step) of the grid is given."""
+    L = layout
+    chunk = (lambda c: L.chunks - 1 - c) if back else (lambda c: c)
+    size, key_lanes = L.chunk, L.key_heads * L.hk
+    match name.removeprefix("d_"):
+        case "q" | "k" if name.startswith("d_"):
+            return pl.BlockSpec(
+                (None, None, size, key_lanes),
+                lambda b, g, c: (lax.rem(g, L.splits), b, chunk(c), L.key_group(g)),
+            )
+        case "q" | "k":
+            return pl.BlockSpec(
+                (None, size, key_lanes), lambda b, g, c: (b, chunk(c), L.key_group(g))
+            )
+        case "v" | "decay" | "out" | "dout":
+            return pl.BlockSpec(
+                (None, size, shape[2] // L.groups), lambda b, g, c: (b, chunk(c), g)
+            )
+        case "columns" | "fixed_columns":
+            return pl.BlockSpec((None, None, size, shape[3]), lambda b, g, c: (b, g, chunk(c), 0))
+        case "rows" | "fixed_rows":
+            return pl.BlockSpec(
+                (None, None, size // L.tile, *shape[3:]), lambda b, g, c: (b, g, chunk(c), 0, 0)
+            )
+    matrix = shape[-2:]
+    if name.startswith("initial"):
+        batched = shape[0] > 1
+        return pl.BlockSpec(
+            (None, None, L.heads, *matrix),
+            lambda b, g, c: (lax.div(b, L.P) if batched else 0, lax.rem(b, L.P), g, 0, 0),
+        )
+    if name.startswith("restart"):
+        return pl.BlockSpec((None, L.heads, *matrix), lambda b, g, c: (lax.rem(b, L.P), g, 0, 0))
+    if name.startswith("starts"):
+        return pl.BlockSpec((None, None, L.heads, *matrix), lambda b, g, c: (chunk(c), b, g, 0, 0))
+    return pl.BlockSpec((None, L.heads, *matrix), lambda b, g, c: (b, g, 0, 0))
+
+
+def _forward_kernel(layout, names, refs):
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        for part in _parts(layout):
+            begin, end = refs.get(f"initial_{part}"), refs[f"end_{part}"]
+            end[...] = jnp.zeros(end.shape, end.dtype) if begin is None else begin[...]
+
+    for head in range(layout.heads):
+        state, again = _state(refs, "end", head), _state(refs, "restart", head)
+        _put_state(refs, "starts", head, state)
+        for index in range(layout.chunk // layout.tile):
+            tokens, gates, fixed = _load(layout, names, refs, head, index)
+            out, state = tile(layout.form, fixed, tokens, *gates, state, again)
+            _put(refs["out"], _tokens(layout, index), _lanes(head, layout.hv), out)
+        _put_state(refs, "end", head, state)
+
+
+def _backward_kernel(layout, names, refs):
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        for part in _parts(layout):
+            refs[f"d_initial_{part}"][...] = refs[f"dend_{part}"][...]
+            if f"d_restart_{part}" in refs:
+                ref = refs[f"d_restart_{part}"]
+                ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+    tiles = range(layout.chunk // layout.tile)
+    shared = layout.heads // layout.key_heads
+    sums = {}
+    for head in range(layout.heads):
+        state, again = _state(refs, "starts", head), _state(refs, "restart", head)
+        pulls = []
+        for index in tiles:
+            tokens, gates, fixed = _load(layout, names, refs, head, index)
+            function = functools.partial(tile, layout.form, fixed)
+            (_, state), pull = jax.vjp(function, tokens, *gates, state, again)
+            pulls.append(pull)
+        dstate, dagain = _state(refs, "d_initial", head), _state(refs, "d_restart", head)
+        for index in reversed(tiles):
+            at = _tokens(layout, index)
+            dout = refs["dout"][at, _lanes(head, layout.hv)].astype(jnp.float32)
+            dtokens, dcolumns, drows, dstate, more = pulls[index]((dout, dstate))
+            dagain = jax.tree.map(jnp.add, dagain, more)
+            _put(refs["d_v"], at, _lanes(head, layout.hv), dtokens.v)
+            if "d_decay" in refs:
+                _put(refs["d_decay"], at, _lanes(head, layout.hk), dtokens.decay)
+            for i, name in enumerate(names.get("columns", ())):
+                _put(refs["d_columns"], at, _lanes(i * layout.heads + head, 1), dcolumns[name])
+            for i, name in enumerate(names.get("rows", ())):
+                line = _lanes(i * layout.heads + head, 1)
+                refs["d_rows"][index, line, :] = drows[name]
+            pair = (dtokens.q, dtokens.k)
+            if head % shared:
+                pair = jax.tree.map(jnp.add, pair, sums[index])
+            sums[index] = pair
+            if head % shared == shared - 1:
+                lanes = _lanes(head // shared, layout.hk)
+                _put(refs["d_q"], at, lanes, pair[0])
+                _put(refs["d_k"], at, lanes, pair[1])
+        _put_state(refs, "d_initial", head, dstate)
+        _put_state(refs, "d_restart", head, dagain)
+
+
+def _load(layout, names, refs, head, index):
+    """A tile of a head: `Tokens`, the gates with gradients, those without."""
+    at = _tokens(layout, index)
+
+    def take(name, head, h):
+        ref = refs.get(name)
+        return None if ref is None else ref[at, _lanes(head, h)].astype(jnp.float32)
+
+    key_head = head * layout.key_heads // layout.heads
+    tokens = Tokens(
+        take("q", key_head, layout.hk),
+        take("k", key_head, layout.hk),
+        take("v", head, layout.hv),
+        take("decay", head, layout.hk),
+    )
+
+    def columns(operand):
+        return {
+            name: take(operand, i * layout.heads + head, 1)
+            for i, name in enumerate(names.get(operand, ()))
+        }
+
+    def rows(operand):
+        return {
+            name: refs[operand][index, _lanes(i * layout.heads + head, 1), :]
+            for i, name in enumerate(names.get(operand, ()))
+        }
+
+    gates = columns("columns"), rows("rows")
+    return tokens, gates, (columns("fixed_columns"), rows("fixed_rows"))
+
+
+def _parts(layout):
+    return ("matrix", "normalizer") if layout.form.normalize else ("matrix",)
+
+
+def _state(refs, name, head):
+    matrix, normalizer = (refs.get(f"{name}_{part}") for part in State._fields)
+    if matrix is None:
+        return None
+    return State(matrix[head], None if normalizer is None else normalizer[head])
+
+
+def _put_state(refs, name, head, state):
+    for part in State._fields:
+        if f"{name}_{part}" in refs:
+            refs[f"{name}_{part}"][head] = getattr(state, part)
+
+
+def _put(ref, at, lanes, x):
+    ref[at, lanes] = x.astype(ref.dtype)
+
+
+def _tokens(layout, index):
+    return slice(index * layout.tile, (index + 1) * layout.tile)
+
+
+def _lanes(index, width):
+    return slice(index * width, (index + 1) * width)
