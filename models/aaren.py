@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from models.config import ModelConfig
 from models.context import Context
 from models.layers import project
+from models.recurrent import mix_after_soft_tokens, restart_state
 from models.transforms import Projection, StreamTransform, layer_transform
 from models.weights import TransformParam, WeightMaker, normal
 from pallas_kernels.linear.aaren import AarenState, aaren
@@ -58,6 +59,16 @@ class Aaren(nnx.Module):
         self, x: Float[Array, "B P T D"], context: Context, cache: AarenState | None = None
     ) -> tuple[Float[Array, "B P T D"], AarenState | None]:
         """Mixes positions; arguments and results as for the other recurrent mixers."""
+        return mix_after_soft_tokens(self.mix, x, context, cache)
+
+    def mix(
+        self,
+        x: Float[Array, "B P T D"],
+        context: Context,
+        cache: AarenState | None = None,
+        start: AarenState | None = None,
+    ) -> tuple[Float[Array, "B P T D"], AarenState]:
+        """As `Recurrent.mix`."""
         with jax.named_scope("qkv"):
             k, v = project(x, self.k[...], self.v[...])
             v = self.streams.project("v", x, v)
@@ -69,12 +80,12 @@ class Aaren(nnx.Module):
                 v,
                 segment_ids=context.segment_ids,
                 initial_state=cache,
-                restart_state=self.streams.state(),
+                restart_state=restart_state(self.streams, start),
             )
         with jax.named_scope("out"):
             out = self.o[...]
             y = project(y.reshape(*y.shape[:-2], -1), out.reshape(-1, out.shape[-1]))[0]
-        return y, None if cache is None else state
+        return y, state
 
     def init_cache(self, config: ModelConfig, batch: int, length: int) -> Any:
         """The cache before the first token; its size does not depend on `length`."""

@@ -114,6 +114,10 @@ class ModelConfig:
                 f"layers={self.layers} is not a multiple of the {len(self.mixers)} names in "
                 f"mixers={','.join(self.mixers)}, which are repeated over the layers"
             )
+        if "window" in self.mixers and self.streams > 1 and self.transform == "soft_tokens":
+            raise InputError(
+                "transform=soft_tokens: they would fall out of the window of a window mixer"
+            )
         recurrent = [name for name in self.mixers if name in RECURRENT]
         if recurrent and self.transform_init == "tokens":
             raise InputError(

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.linear.api import count_documents
 from pallas_kernels.masks import Mask
 
 
@@ -23,6 +22,8 @@ class Context:
       mask: who may see whom; None where no layer attends to all positions.
       window_mask: and within a window; None where no layer has one, or given a cache.
       segment_ids: int32 `[B, T]`, documents count from 1, 0 is padding; None: one document a row.
+      soft: how many soft tokens stand before the T tokens of every row. Positions, rope and masks
+        are of both; every document sees the soft tokens, which segment ids do not say.
     """
 
     positions: Int[Array, "B T"]
@@ -30,6 +31,7 @@ class Context:
     mask: Mask | None = None
     window_mask: Mask | None = None
     segment_ids: Int[Array, "B T"] | None = None
+    soft: int = dataclasses.field(default=0, metadata={"static": True})
 
     def real_tokens(self) -> Int[Array, "B"]:
         """How many tokens of each row are no padding."""
@@ -37,8 +39,20 @@ class Context:
             return jnp.full(self.positions.shape[:1], self.positions.shape[1], jnp.int32)
         return jnp.sum(self.segment_ids != 0, 1, dtype=jnp.int32)
 
-    def documents(self) -> Int[Array, "B T"] | None:
-        """A number for the document of each token, -1 for padding; None: one document a row."""
+    def document_starts(self) -> Int[Array, "B T"] | None:
+        """Where the run of equal segment ids around each token begins; None: all at 0."""
         if self.segment_ids is None:
             return None
-        return jnp.where(self.segment_ids == 0, -1, count_documents(self.segment_ids))
+        index = jnp.broadcast_to(jnp.arange(self.segment_ids.shape[1]), self.segment_ids.shape)
+        begins = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
+        begins = jnp.pad(begins, ((0, 0), (1, 0)))
+        return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+    def split(self) -> tuple["Context", "Context"]:
+        """For a recurrence: the soft tokens alone, and the tokens after them."""
+
+        def part(places: slice, segment_ids) -> Context:
+            positions, rope = jax.tree.map(lambda x: x[:, places], (self.positions, self.rope))
+            return Context(positions, rope, segment_ids=segment_ids)
+
+        return part(slice(self.soft), None), part(slice(self.soft, None), self.segment_ids)

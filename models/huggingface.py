@@ -170,8 +170,8 @@ def save(model: LanguageModel, directory: str | Path, *, like: str | Path | None
         new one keeps; without it the weights are float32.
 
     Raises:
-      InputError: the layout cannot hold the model (another transform than prefixes, another
-        aggregation than the dynamic one, no biases on q, k and v).
+      InputError: the layout cannot hold the model (another mixer than attention, another transform
+        than prefixes, another aggregation than the dynamic one, no biases on q, k and v).
     """
     weights = nnx.to_pure_dict(nnx.state(model))
     if isinstance(model.layers, nnx.List):
@@ -212,6 +212,11 @@ def save_params(
 
 def check_exportable(config: ModelConfig) -> None:
     """Raises InputError if Hugging Face's layout cannot hold a model of this configuration."""
+    if config.mixers != ("attention",):
+        raise InputError(
+            f"export: {PLAIN} and {PARSCALE} hold layers of attention alone; this model has "
+            f"mixers={','.join(config.mixers)}"
+        )
     if not config.qkv_bias:
         raise InputError("export: Qwen2 has biases on q, k and v, this model has qkv_bias=False")
     if config.streams > 1 and (config.transform, config.aggregation) != ("prefix", "dynamic"):

@@ -109,13 +109,19 @@ class ShortConvolution(nnx.Module):
             setattr(self, name, weight((size, heads, head_dim), (None, axis, "head_dim"), init))
 
     def __call__(
-        self, qkv: list[Array], context: Context, before: tuple[Array, Array, Array] | None
+        self,
+        qkv: list[Array],
+        context: Context,
+        before: tuple[Array, Array, Array] | None,
+        begun: tuple[Array, Array, Array] | None,
     ) -> tuple[list[Array], tuple[Array, Array, Array]]:
-        """Convolved q, k and v, and their last inputs; `before` holds those of earlier tokens."""
-        taps = (self.q[...], self.k[...], self.v[...])
+        """Convolved q, k and v, and their last inputs; other arguments as for `convolve`."""
+        taps, nothing = (self.q[...], self.k[...], self.v[...]), (None,) * 3
         results = [
-            convolve(x, weights, context, x_before)
-            for x, weights, x_before in zip(qkv, taps, before or (None,) * 3, strict=True)
+            convolve(x, weights, context, *memory)
+            for x, weights, *memory in zip(
+                qkv, taps, before or nothing, begun or nothing, strict=True
+            )
         ]
         outputs, inputs = zip(*results, strict=True)
         return [jax.nn.silu(y) for y in outputs], inputs
@@ -126,6 +132,7 @@ def convolve(
     taps: Float[Array, "size heads h"],
     context: Context,
     before: Float[Array, "B P size_less_1 heads h"] | None = None,
+    begun: Float[Array, "B P size_less_1 heads h"] | None = None,
 ) -> tuple[Float[Array, "B P T heads h"], Float[Array, "B P size_less_1 heads h"]]:
     """The causal convolution of each channel with its taps, the last of which meets the own token.
 
@@ -134,26 +141,32 @@ def convolve(
       taps: weights.
       context: says where documents begin, which do not see each other.
       before: inputs of the tokens before these, of the document that the row goes on with; None:
-        zero. Padding then stands behind a row's tokens.
+        as `begun`. Padding then stands behind a row's tokens.
+      begun: what stands before every document, the same in every row; None: zero.
 
     Returns:
       the output, and the inputs of the last tokens that are no padding, as `before`.
     """
     size, length = len(taps), x.shape[2]
     if before is None:
-        before = jnp.zeros((*x.shape[:2], size - 1, *x.shape[3:]), x.dtype)
+        shape = (*x.shape[:2], size - 1, *x.shape[3:])
+        before = jnp.zeros(shape, x.dtype) if begun is None else begun
     x = jnp.concatenate([before.astype(x.dtype), x], 2)
-    documents = context.documents()
-    if documents is not None:
-        begun = jnp.broadcast_to(documents[:, :1], (len(documents), size - 1))
-        documents = jnp.concatenate([begun, documents], 1)
+    starts = context.document_starts()
     taps = taps.astype(x.dtype)
-    y = jnp.zeros((), x.dtype)
-    for place in range(size):
+    y = x[:, :, size - 1 :] * taps[-1]
+    for back in range(1, size):
+        place = size - 1 - back
         part = x[:, :, place : place + length]
-        if documents is not None and place < size - 1:
-            same = documents[:, place : place + length] == documents[:, size - 1 :]
-            part = jnp.where(same[:, None, :, None, None], part, 0)
+        if starts is not None:
+            offset = jnp.arange(length) - starts
+            other = 0
+            if begun is not None:
+                other = jnp.take(begun[0], jnp.clip(offset + place, 0, size - 2), 1)
+                other = jnp.moveaxis(other, 1, 0).astype(x.dtype)
+            # What a row begins with goes on from `before`, which is in its place.
+            outside = (starts > 0) & (offset < back)
+            part = jnp.where(outside[:, None, :, None, None], other, part)
         y = y + part * taps[place]
     last = jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, size - 1, 1))
     return y, last(x, context.real_tokens())
@@ -212,27 +225,44 @@ class Recurrent(nnx.Module):
         Returns:
           the output, and the cache after the last token that is no padding (None for None).
         """
+        return mix_after_soft_tokens(self.mix, x, context, cache)
+
+    def mix(
+        self,
+        x: Float[Array, "B P T D"],
+        context: Context,
+        cache: RecurrentCache | None = None,
+        start: RecurrentCache | None = None,
+    ) -> tuple[Float[Array, "B P T D"], RecurrentCache]:
+        """Output and memory of tokens without soft ones among them.
+
+        Args:
+          x, context: of these tokens.
+          cache: as for a call.
+          start: what documents start from, the same in every row; None: from the transform's state.
+        """
         with jax.named_scope("qkv"):
             weights = (self.q, self.k, self.v, *self.inputs())
             q, k, v, *inputs = project(x, *(weight[...] for weight in weights))
             qkv = [self.streams.project(n, x, y) for n, y in (("q", q), ("k", k), ("v", v))]
             last = None
             if self.convolved:
-                qkv, last = self.conv(qkv, context, None if cache is None else cache.inputs)
+                before, begun = (None if m is None else m.inputs for m in (cache, start))
+                qkv, last = self.conv(qkv, context, before, begun)
             arguments, gate = self.recurrence(*qkv, inputs, context)
         with jax.named_scope("recurrence"):
             y, state = recur(
                 **arguments,
                 segment_ids=context.segment_ids,
                 initial_state=None if cache is None else cache.state,
-                restart_state=self.streams.state(),
+                restart_state=restart_state(self.streams, None if start is None else start.state),
             )
         with jax.named_scope("out"):
             y = self.norm(y)
             y = (y if gate is None else y * gate.astype(y.dtype)).astype(x.dtype)
             out = self.o[...]
             y = project(y.reshape(*y.shape[:-2], -1), out.reshape(-1, out.shape[-1]))[0]
-        return y, None if cache is None else RecurrentCache(state, last)
+        return y, RecurrentCache(state, last)
 
     def init_cache(self, config: ModelConfig, batch: int, length: int) -> RecurrentCache:
         """The cache before the first token of `batch` rows; its size does not depend on `length`.
@@ -254,6 +284,27 @@ class Recurrent(nnx.Module):
                 jnp.zeros((*lead, config.conv_size - 1, *shape), config.dtype) for shape in shapes
             )
         return RecurrentCache(state, inputs)
+
+
+def mix_after_soft_tokens(
+    mix: Callable[..., tuple[Array, Any]], x: Float[Array, "B P T D"], context: Context, cache: Any
+) -> tuple[Float[Array, "B P T D"], Any]:
+    """Output and cache of a recurrent mixer, where soft tokens may stand before every row.
+
+    The soft tokens are then a row of their own, and every document starts from what they leave.
+    """
+    if not context.soft:
+        y, new = mix(x, context, cache)
+        return y, None if cache is None else new
+    of_soft, of_real = context.split()
+    first, memory = mix(x[:, :, : context.soft], of_soft)
+    y, _ = mix(x[:, :, context.soft :], of_real, start=memory)
+    return jnp.concatenate([first, y], 2), None
+
+
+def restart_state(streams: StreamTransform, start: Any) -> Any:
+    """The state `[P, ...]` for documents to start from: of the memory `start`, or the streams'."""
+    return streams.state() if start is None else jax.tree.map(lambda part: part[0], start)
 
 
 def recur(q: Array, k: Array, v: Array, **arguments: Any) -> tuple[Array, Any]:

@@ -115,7 +115,7 @@ class LanguageModel(nnx.Module):
         if not self._soft_length:
             return self._decoder(x, positions, mask, segment_ids, None)
         x, positions, mask = self._prepend_soft_tokens(x, positions, mask)
-        y, _ = self._decoder(x, positions, mask, segment_ids, None)
+        y, _ = self._decoder(x, positions, mask, segment_ids, None, self._soft_length)
         return y[:, :, self._soft_length :], None
 
     def mix(self, x: Float[Array, "B P T D"]) -> Float[Array, "B T D"]:
@@ -204,7 +204,7 @@ class LanguageModel(nnx.Module):
             mask = masks.Mask(intervals=intervals, causal=mask.causal)
         return x, positions, mask
 
-    def _decoder(self, x, positions, mask, segment_ids, cache):
+    def _decoder(self, x, positions, mask, segment_ids, cache, soft=0):
         """All layers and the final norm; given a cache, attention's mask is what it holds."""
         config, length = self.config, x.shape[2]
         rotated = {config.head_dim} if set(config.mixers) & set(ATTENTION) else set()
@@ -222,6 +222,7 @@ class LanguageModel(nnx.Module):
             mask=mask,
             window_mask=window_mask,
             segment_ids=segment_ids,
+            soft=soft,
         )
         x, cache = self._run_layers(x, context, cache)
         return self.norm(x), cache

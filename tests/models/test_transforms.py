@@ -91,12 +91,26 @@ def test_equal_prefixes_make_equal_streams():
 
 
 @pytest.mark.parametrize(
-    ("transform", "aggregation"),
-    [("prefix", "dynamic"), ("soft_tokens", "constant"), ("low_rank", "mean"), ("bias", "dynamic")],
+    ("transform", "aggregation", "mixers"),
+    [
+        ("prefix", "dynamic", ("attention",)),
+        ("soft_tokens", "constant", ("attention",)),
+        ("low_rank", "mean", ("attention",)),
+        ("bias", "dynamic", ("attention",)),
+        ("prefix", "mean", ("gated_delta_net", "mlstm_exp", "aaren")),
+        pytest.param("low_rank", "mean", ("kda", "aaren"), marks=pytest.mark.slow),
+        pytest.param("bias", "mean", ("gla", "retention"), marks=pytest.mark.slow),
+        pytest.param("soft_tokens", "mean", ("delta_net",), marks=pytest.mark.slow),
+    ],
 )
-def test_streams_learn_to_differ(transform, aggregation):
+def test_streams_learn_to_differ(transform, aggregation, mixers):
     config = dataclasses.replace(
-        SMALL, transform=transform, aggregation=aggregation, layer_loop="scan", layers=1
+        SMALL,
+        transform=transform,
+        aggregation=aggregation,
+        mixers=mixers,
+        layers=len(mixers),
+        layer_loop="scan",
     )
     graph, streams, backbone = nnx.split(make_model(config), StreamParam, ...)
     # As at the start of a run: small values, and low-rank deltas of zero.

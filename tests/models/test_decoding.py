@@ -1,4 +1,4 @@
-"""Decoding with a cache gives what the whole forward pass gives."""
+"""Decoding with a cache gives what the whole forward pass gives, whatever the mixers."""
 
 import dataclasses
 
@@ -70,10 +70,19 @@ def test_cached_decoding_equals_the_forward_pass(streams, transform, layer_loop)
         np.testing.assert_allclose(decoded, full, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_every_mixer_decodes_what_its_forward_pass_computes(mixer):
-    # A window of four wraps its cache around in the prefill and again in decoding.
-    config = dataclasses.replace(SMALL, streams=2, mixers=(mixer,), window=4, key_dim=6)
+# Of window=4, so that its cache wraps around in the prefill and again in decoding.
+PATTERNS = [
+    ("gated_delta_net", "window", "mlstm_exp"),
+    *(pytest.param((mixer,), marks=pytest.mark.slow) for mixer in MIXERS),
+]
+
+
+@pytest.mark.parametrize("mixers", PATTERNS, ids=",".join)
+def test_every_mixer_decodes_what_the_forward_pass_computes(mixers):
+    layers = max(len(mixers), 2)
+    config = dataclasses.replace(
+        SMALL, streams=2, mixers=mixers, layers=layers, window=4, key_dim=6, layer_loop="scan"
+    )
     for decoded, full in zip(*decoded_and_full(config), strict=True):
         np.testing.assert_allclose(decoded, full, rtol=0, atol=2e-5)
 

@@ -1,0 +1,191 @@
+"""Models of several mixers: stacks, documents, windows, streams, meshes, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from random_models import SMALL, forward, make_model, random_ids, run_streams
+
+from models import huggingface
+from models.config import MIXERS, RECURRENT, ModelConfig
+from models.growth import begin_from, check_growable
+from models.transformer import LanguageModel
+from models.weights import TransformParam
+from sharding.settings import InputError
+
+PATTERN = ("kda", "retention", "attention", "aaren")
+LENGTH = 8  # up to which the recurrence itself is computed, which compiles fastest
+HYBRID = dataclasses.replace(SMALL, mixers=PATTERN, layers=4, layer_loop="scan")
+
+
+def test_scanned_unrolled_and_unstacked_layers_give_the_same():
+    config = dataclasses.replace(SMALL, mixers=("gla", "attention"), layers=4)
+    ids = random_ids(config, 2, LENGTH)
+    scanned = make_model(dataclasses.replace(config, layer_loop="scan"))
+    unrolled = make_model(dataclasses.replace(config, layer_loop="unroll"))
+    expected = forward(scanned, ids)
+    np.testing.assert_allclose(forward(unrolled, ids), expected, rtol=1e-5, atol=1e-5)
+    unstacked = scanned.unstack()
+    np.testing.assert_allclose(forward(unstacked, ids), expected, rtol=1e-5, atol=1e-5)
+    names = [type(layer.mixer).__name__ for layer in unstacked.layers]
+    assert names == ["GatedLinearAttention", "Attention"] * 2
+
+
+def test_a_stack_for_each_place_and_the_plain_names_without_a_pattern():
+    def names(config):
+        model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+        shapes = nnx.to_pure_dict(nnx.state(model))["layers"]
+        return {name: part for name, part in shapes.items()}
+
+    layers = names(dataclasses.replace(HYBRID, layers=8))
+    assert list(layers) == ["0_kda", "1_retention", "2_attention", "3_aaren"]
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(layers)} == {2}
+    plain = names(SMALL)
+    assert plain.keys() == {"mixer", "mixer_norm", "mlp", "mlp_norm"}
+    assert plain["mixer"].keys() == {
+        "q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "streams",
+    }  # fmt: skip
+
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0]], np.int32)
+POSITIONS = np.array([[0, 1, 2, 0, 1, 2, 3, 0]], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("mixers", "transform"),
+    [
+        (PATTERN, "prefix"),
+        (("gated_delta_net",), "soft_tokens"),
+        pytest.param(("window", "gla"), "low_rank", marks=pytest.mark.slow),
+        pytest.param(("mlstm_exp", "mlstm_sigmoid"), "prefix", marks=pytest.mark.slow),
+        pytest.param(("delta_net", "kda"), "soft_tokens", marks=pytest.mark.slow),
+        pytest.param(("aaren", "retention"), "soft_tokens", marks=pytest.mark.slow),
+    ],
+)
+def test_packed_documents_are_computed_as_if_alone(mixers, transform):
+    config = dataclasses.replace(
+        SMALL, mixers=mixers, layers=len(mixers), transform=transform, window=3
+    )
+    model = make_model(config)
+    first, second = random_ids(config, 1, 3), random_ids(config, 1, 4, seed=1)
+    row = np.concatenate([first, second, np.zeros((1, 1), np.int32)], 1)
+    packed = forward(model, row, segment_ids=SEGMENTS, positions=POSITIONS)
+    assert np.isfinite(packed).all()
+    alone = np.concatenate([forward(model, first), forward(model, second)], 1)
+    np.testing.assert_allclose(packed[:, :7], alone, rtol=1e-5, atol=2e-5)
+
+
+def test_a_window_is_what_its_width_says():
+    config = dataclasses.replace(SMALL, mixers=("window",), window=3, layers=1, streams=1)
+    graph, params = nnx.split(make_model(config))
+    params = nnx.to_pure_dict(params)
+    ids = np.arange(9, dtype=np.int32)[None]
+
+    def read(embedding):
+        logits = nnx.merge(graph, params | {"embedding": embedding})(ids)
+        return logits[0, 6] @ jnp.asarray(np.random.default_rng(0).normal(size=31), jnp.float32)
+
+    gradient = np.abs(np.asarray(jax.jit(jax.grad(read))(params["embedding"]))[:9]).max(-1)
+    assert (gradient[4:7] > 1e-6).all()
+    assert (np.delete(gradient, np.s_[4:7]) == 0).all()
+
+
+def stream_weights(model) -> dict:
+    return nnx.to_pure_dict(nnx.state(model, TransformParam))["layers"]
+
+
+def test_states_are_what_makes_streams_differ():
+    mixers = ("gated_delta_net", "mlstm_exp", "retention")
+    config = dataclasses.replace(SMALL, mixers=mixers, layers=3)
+    model = make_model(config)
+    weights = stream_weights(model)
+    states = {name: part["mixer"]["streams"] for name, part in weights.items()}
+    for name, state in states.items():
+        assert state["matrix"].shape == (1, 3, 4, 8, 8), name
+    assert states["1_mlstm_exp"]["normalizer"].shape == (1, 3, 4, 8)
+    ids = random_ids(config, 2, LENGTH)
+    apart = run_streams(model, ids)
+    for p in (1, 2):
+        assert np.abs(apart[:, p] - apart[:, 0]).max() > 0.1
+    for stack in model.stacks():
+        for weight in jax.tree.leaves(
+            nnx.state(stack.mixer.streams), is_leaf=lambda x: isinstance(x, nnx.Variable)
+        ):
+            weight[...] = jnp.zeros_like(weight[...])
+    same = run_streams(model, ids)
+    np.testing.assert_allclose(same, np.broadcast_to(same[:, :1], same.shape), rtol=1e-6, atol=1e-6)
+
+
+def test_caches_of_recurrences_do_not_grow():
+    def size(mixer, length):
+        config = dataclasses.replace(SMALL, mixers=(mixer,), window=8)
+
+        def cache():
+            return LanguageModel(config, rngs=nnx.Rngs(0)).init_cache(2, length)
+
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cache)))
+
+    for mixer in RECURRENT:
+        assert size(mixer, 16) == size(mixer, 4096) > 0, mixer
+    assert size("window", 16) == size("window", 4096)
+    assert size("attention", 4096) == 256 * size("attention", 16)
+
+
+@pytest.mark.parametrize("old_streams", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_growing_keeps_old_states_and_draws_new_ones(old_streams):
+    old = dataclasses.replace(HYBRID, streams=old_streams, transform_std=0.5)
+    new = dataclasses.replace(old, streams=4)
+    check_growable(old, new)
+    given = nnx.to_pure_dict(nnx.state(make_model(old)))
+    grown = begin_from(new, jax.random.key(1), given)
+    for (path, array), (_, kept) in zip(
+        *(
+            jax.tree_util.tree_flatten_with_path(tree["layers"]["1_retention"])[0]
+            for tree in (given, grown if old_streams > 1 else given)
+        ),
+        strict=True,
+    ):
+        assert kept[tuple(map(slice, array.shape))].tobytes() == array.tobytes(), path
+    state = np.asarray(grown["layers"]["1_retention"]["mixer"]["streams"]["matrix"])
+    assert state.shape == (1, 4, 4, 8, 8)
+    drawn = state[:, old_streams if old_streams > 1 else 0 :]
+    assert 0.4 < drawn.std() < 0.6
+    with pytest.raises(InputError, match="mixers"):
+        check_growable(old, dataclasses.replace(new, mixers=("gla",)))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"mixers": ("gla", "attention"), "layers": 3}, ["layers=3", "2 names", "gla,attention"]),
+        ({"mixers": ()}, ["mixers=", "layers=4"]),
+        ({"mixers": ("glaa",)}, ["mixers=glaa", 'did you mean "gla"?', "retention"]),
+        ({"mixers": ("gla",), "transform_init": "tokens"}, ["transform_init=tokens", "gla"]),
+        ({"mixers": ("retention",), "key_dim": 3}, ["key_dim=3", "even"]),
+        ({"mixers": ("window",), "window": 0}, ["window=0"]),
+        ({"conv_size": 0}, ["conv_size=0"]),
+        ({"key_dim": -1}, ["key_dim=-1"]),
+        (
+            {"mixers": ("window",), "streams": 2, "transform": "soft_tokens"},
+            ["transform=soft_tokens", "window"],
+        ),
+    ],
+)
+def test_bad_value_is_named(values, words):
+    with pytest.raises(InputError) as error:
+        ModelConfig(**values)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_only_attention_goes_to_hugging_face(tmp_path):
+    for mixer in MIXERS:
+        config = dataclasses.replace(SMALL, mixers=(mixer,))
+        if mixer == "attention":
+            huggingface.check_exportable(config)
+            continue
+        with pytest.raises(InputError, match=f"mixers={mixer}"):
+            huggingface.check_exportable(config)
