@@ -52,8 +52,8 @@ def in_chunks(x: Array, chunk: int, fill: float = 0.0, mode: str = "constant") -
 
 
 class Rows(NamedTuple):
-    """Of each token of each chunk, float32, `[n, N, P, H, C]` or, `.. hk` for short, with an axis of
-    size hk at the end if each dimension of a key has its own decay. Factors that are 1 are None.
+    """Of each token of each chunk, float32: `[n, N, P, H, C]`. Where `.. hk` stands an axis of hk
+    follows if each dimension of a key has its own decay. Factors that are 1 are None.
 
     Attributes:
       total: `.. hk`, the sum of log decays from the start of the chunk through the token (less m);
@@ -188,5 +188,5 @@ def _running_maximum(options, inputs, decay, gate, documents):
 
     _, m = jax.lax.associative_scan(after, jax.lax.stop_gradient((decay, gate)), axis=3)
     m = jnp.moveaxis(m.reshape(N, P, H, n, C), 3, 0)
-    begin = jnp.broadcast_to(begin, m.shape[1:-1] + (1,))
+    begin = jnp.broadcast_to(begin, (*m.shape[1:-1], 1))
     return m, jnp.concatenate([begin[None], m[:-1, ..., -1:]]), again

@@ -63,7 +63,7 @@ def quadratic(options: Options, inputs: Inputs) -> tuple[Array, NormalizedState]
     The state of a normalized recurrence comes with a maximum of 0.
     """
     wide = wide_type(inputs)
-    T, K, hk = inputs.q.shape[2:]
+    T, K, _ = inputs.q.shape[2:]
     q, k, v, decay, beta, gate = (
         None if x is None else jnp.moveaxis(x, 2, 3).astype(wide) for x in inputs[:6]
     )

@@ -10,11 +10,11 @@ BASE = 8
 
 
 def decayed_products(
-    x: Float[Array, "*batch C hk"],
+    xs: tuple[Float[Array, "*batch C hk"], ...],
     k: Float[Array, "*batch C hk"],
     total: Exact,
-) -> Float[Array, "*batch C C"]:
-    """sum_d x_id k_jd exp(total_id - total_jd) for j <= i, 0 above.
+) -> list[Float[Array, "*batch C C"]]:
+    """sum_d x_id k_jd exp(total_id - total_jd) for j <= i, 0 above, for each x of `xs`.
 
     Each dimension has its own decay, `total` `[*batch, C, hk]`. The factor exp(total_i) alone would
     be too small, and exp(-total_j) too large. So a square of pairs i, j below the diagonal takes
@@ -22,23 +22,28 @@ def decayed_products(
     squares halve towards the diagonal, where blocks of `BASE` take each pair for itself.
     """
     fold = lambda y: y.reshape(-1, *y.shape[-2:])
-    folded = _products(fold(x), fold(k), Exact(*map(fold, total)))
-    return folded.reshape(*x.shape[:-1], x.shape[-2])
+    products = _products([fold(x) for x in xs], fold(k), Exact(*map(fold, total)))
+    return [y.reshape(*k.shape[:-1], k.shape[-2]) for y in products]
 
 
-def _products(x, k, total):
-    C = x.shape[-2]
+def _products(xs, k, total):
+    C = k.shape[-2]
     if C <= BASE:
         fade = total[:, :, None] - total[:, None]
         fade = jnp.exp(jnp.where(jnp.tri(C, dtype=bool)[..., None], fade, -jnp.inf))
-        return jnp.sum(x[:, :, None] * k[:, None] * fade, -1)
+        faded = k[:, None] * fade
+        return [jnp.sum(x[:, :, None] * faded, -1) for x in xs]
     half = C // 2
     top, bottom = (slice(None), slice(0, half)), (slice(None), slice(half, None))
-    corner = total[:, half - 1 : half]
-    left = x[bottom] * jnp.exp(total[bottom] - corner)
-    right = k[top] * jnp.exp(corner - total[top])
-    below = left @ right.mT
     both = lambda y: jnp.concatenate([y[top], y[bottom]])
-    first, second = jnp.split(_products(both(x), both(k), Exact(*map(both, total))), 2)
-    upper = jnp.concatenate([first, jnp.zeros_like(below)], -1)
-    return jnp.concatenate([upper, jnp.concatenate([below, second], -1)], -2)
+    inner = _products([both(x) for x in xs], both(k), Exact(*map(both, total)))
+    corner = total[:, half - 1 : half]
+    left = jnp.exp(total[bottom] - corner)
+    right = (k[top] * jnp.exp(corner - total[top])).mT
+    whole = []
+    for x, diagonal in zip(xs, inner, strict=True):
+        first, second = jnp.split(diagonal, 2)
+        below = (x[bottom] * left) @ right
+        upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+        whole.append(jnp.concatenate([upper, jnp.concatenate([below, second], -1)], -2))
+    return whole

@@ -42,89 +42,90 @@ def backward(options: Options, inputs: Inputs, out, starts, dout, dend) -> Input
 
 def _forward(options, inputs, save):
     wide = wide_type(inputs)
-    N, P, T, K, hk = inputs.q.shape
-    H, hv = inputs.v.shape[3:]
+    N, P, T, K, _ = inputs.q.shape
+    H, C = inputs.v.shape[3], options.chunk
     rows = make_rows(options, inputs)
-    # Axes [n, N, P, H, C, h]; those of q and k have K for H where one serves several value heads.
-    q, k, v = (jnp.moveaxis(in_chunks(x.astype(wide), options.chunk), 3, 4) for x in inputs[:3])
-    n, C = q.shape[0], options.chunk
-    q = q * options.scale
-    per_key = rows.total is not None and rows.total.high.ndim == 6
+    q, k, v = (_heads_first(x.astype(wide), C) for x in inputs[:3])
+    begin, again = initial_state(options, inputs), restart_state(options, inputs)
+    S, S0 = begin.matrix, again.matrix
+    if options.normalize:
+        # The normalizer is what the matrix would hold of one more value, which is always 1.
+        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+        S = jnp.concatenate([S, begin.normalizer[..., None]], -1)
+        S0 = jnp.concatenate([S0, again.normalizer[..., None]], -1)
 
-    def spread(x):
+    def of_heads(x):
         return x if x.shape[3] == H else jnp.repeat(x, H // K, axis=3)
 
-    visible = jnp.tri(C, dtype=bool)
-    if rows.documents is not None:
-        visible &= rows.documents[..., :, None] == rows.documents[..., None, :]
-    if per_key:
-        q, k = spread(q), spread(k)
-        products = lambda x: jnp.where(visible, decayed_products(x, k, rows.total), 0)
-    elif rows.total is None:
-        products = lambda x: jnp.where(visible, spread(x @ k.mT), 0)
-    else:
-        fade = rows.total[..., :, None] - rows.total[..., None, :]
-        fade = jnp.exp(jnp.where(visible, fade, -jnp.inf))
-        products = lambda x: spread(x @ k.mT) * fade
-
     def times(factor, x):
-        """`x` times a factor of `Rows`."""
-        if factor is None:
-            return spread(x)
-        return spread(x) * (factor if factor.ndim == 6 else factor[..., None])
+        """`x` times a factor of `Rows`, for each value head."""
+        return of_heads(x) if factor is None else of_heads(x) * _column(factor, x)
 
-    scores = products(q)
+    scores, overlap = _pairs(options, rows, of_heads, q, k, delta=inputs.beta is not None)
     written = v if rows.weight is None else rows.weight[..., None] * v
-    leaving = times(rows.leave, k)
-    begin, again = initial_state(options, inputs), restart_state(options, inputs)
-    keep = jnp.ones((), wide) if rows.keep is None else rows.keep
-    keep = keep if keep.ndim in (0, 5) else keep[..., None]
-    S0 = again.matrix
+    leaving = times(rows.leave, k).mT
+    moved = None
     if inputs.beta is not None:
-        overlap = jnp.tril(products(k), -1) * rows.weight[..., None]
-        inverse = unit_lower_inverse(overlap)
-        weighted = lambda factor: times(factor, k) * rows.weight[..., None]
-        found = inverse @ weighted(rows.enter)
+        inverse = unit_lower_inverse(jnp.tril(overlap, -1) * rows.weight[..., None])
+        weighted = of_heads(k) * rows.weight[..., None]
+        found = inverse @ times(rows.enter, weighted)
         if rows.restart is not None:
-            written = written - weighted(rows.restart) @ S0
+            written = written - times(rows.restart, weighted) @ S0
         written = inverse @ written
-        moved = -(leaving.mT @ found)
-    added = leaving.mT @ written
+        moved = -(leaving @ found)
+    added = leaving @ written
     if rows.restart is not None:
-        again_kept = rows.keep_restart
-        again_kept = again_kept if again_kept.ndim == 5 else again_kept[..., None]
-        added = added + again_kept[..., None] * S0
+        added = added + _column(rows.keep_restart, added) * S0
+    keep = None if rows.keep is None else _column(rows.keep, added)
 
     def step(S, chunk):
         keep, moved, added = chunk
-        after = keep[..., None] * S + added
+        after = added + (S if keep is None else keep * S)
         return (after if moved is None else after + moved @ S), S
 
-    keep = jnp.broadcast_to(keep, (n, *jnp.broadcast_shapes(keep.shape[1:], (N, P, H, 1))))
-    moved = None if inputs.beta is None else moved
-    S, starts = jax.lax.scan(step, begin.matrix, (keep, moved, added))
-    if inputs.beta is not None:
+    S, starts = jax.lax.scan(step, S, (keep, moved, added))
+    if moved is not None:
         written = written - found @ starts
+    q = q * options.scale
     out = times(rows.enter, q) @ starts + scores @ written
     if rows.restart is not None:
         out = out + times(rows.restart, q) @ S0
-    normalizer, normalizers = None, None
+    end, starts = NormalizedState(S, None, None), NormalizedState(starts, None, None)
     if options.normalize:
-        weight = rows.weight[..., None]
-        added = jnp.sum(leaving * weight, -2)
-        if rows.restart is not None:
-            added = added + rows.keep_restart[..., None] * again.normalizer
+        out = out[..., :-1] / jnp.maximum(jnp.abs(out[..., -1:]), rows.floor[..., None])
+        end, starts = (
+            NormalizedState(x.matrix[..., :-1], x.matrix[..., -1], None) for x in (end, starts)
+        )
+    out = jnp.moveaxis(out, (0, 4), (2, 3))
+    out = out.reshape(N, P, -1, H, out.shape[-1])[:, :, :T]
+    end = end._replace(maximum=rows.maximum)
+    return out.astype(inputs.v.dtype), end, starts if save else None
 
-        def sum_step(x, chunk):
-            keep, added = chunk
-            return keep * x + added, x
 
-        normalizer, normalizers = jax.lax.scan(sum_step, begin.normalizer, (keep, added))
-        sums = times(rows.enter, q) @ normalizers[..., None] + scores @ weight
-        if rows.restart is not None:
-            sums = sums + times(rows.restart, q) @ again.normalizer[..., None]
-        out = out / jnp.maximum(jnp.abs(sums), rows.floor[..., None])
-    out = jnp.moveaxis(out, (0, 4), (2, 3)).reshape(N, P, n * C, H, hv)[:, :, :T]
-    end = NormalizedState(S, normalizer, rows.maximum)
-    states = NormalizedState(starts, normalizers, None) if save else None
-    return out.astype(inputs.v.dtype), end, states
+def _pairs(options, rows, of_heads, q, k, delta):
+    """Products of queries with keys, and (None without the delta rule) of keys with keys, for the
+    pairs of each chunk that see each other: `[n, N, P, H, C, C]`."""
+    visible = jnp.tri(q.shape[4], dtype=bool)
+    if rows.documents is not None:
+        visible &= rows.documents[..., :, None] == rows.documents[..., None, :]
+    xs = (q * options.scale, k) if delta else (q * options.scale,)
+    if rows.total is None:
+        products = [jnp.where(visible, of_heads(x @ k.mT), 0) for x in xs]
+    elif rows.total.high.ndim == 6:
+        products = decayed_products([of_heads(x) for x in xs], of_heads(k), rows.total)
+        products = [jnp.where(visible, x, 0) for x in products]
+    else:
+        fade = rows.total[..., :, None] - rows.total[..., None, :]
+        fade = jnp.exp(jnp.where(visible, fade, -jnp.inf))
+        products = [of_heads(x @ k.mT) * fade for x in xs]
+    return (*products, None)[:2]
+
+
+def _heads_first(x, chunk):
+    """`x` `[N, P, T, H, h]` in chunks, `[n, N, P, H, C, h]`."""
+    return jnp.moveaxis(in_chunks(x, chunk), 3, 4)
+
+
+def _column(factor, x):
+    """`factor` with axes of size 1 at the end, as many as `x` has axes."""
+    return factor.reshape(*factor.shape, *[1] * (x.ndim - factor.ndim))
