@@ -15,6 +15,7 @@ import numpy as np
 from models.config import ModelConfig
 from parscale import flops
 from parscale.chips import CHIPS, Chip, find_chip  # noqa: F401 (the first and last for callers)
+from parscale.cost_mixers import STATE_BYTES, cache_elements, mixer_work
 from sharding.settings import InputError
 
 FLOPS_EFFICIENCY = 0.7
@@ -45,7 +46,7 @@ class Memory:
       weights: all parameters that the plain model has too.
       transform: what makes the streams differ: by default, their prefixes.
       aggregation: what mixes them.
-      kv_cache: keys and values of prompt and output, of all rows and streams.
+      kv_cache: keys and values of prompt and output, and recurrent states, of all rows and streams.
       activations: the largest that exist at once, in the prefill.
     """
 
@@ -67,8 +68,8 @@ class Latency:
     Attributes:
       embedding: the lookup of tokens.
       norms: norms and residual sums.
-      projections: queries, keys, values and the output of attention.
-      attention: scores and weighted values, and the traffic of the cache.
+      projections: queries, keys, values, gates and the output of the mixers.
+      attention: scores and weighted values, or the recurrence; and the traffic of the cache.
       mlp: the three products of SwiGLU.
       aggregation: mixing of the streams.
       head: logits.
@@ -130,8 +131,8 @@ def forward_work(
     """Work of one forward pass, by part.
 
     Each weight is read once. A product reads its input and writes its output; attention reads its
-    keys and values once and computes what the causal mask leaves. Streams and head are mixed and
-    computed at the last position only.
+    keys and values once and computes what the causal mask leaves; a recurrence reads and writes its
+    state once. Streams and head are mixed and computed at the last position only.
 
     Args:
       model: the model.
@@ -145,37 +146,22 @@ def forward_work(
       for each field of `Latency`, the work; operations are those of matrix products.
     """
     D, F, L, P = model.width, model.mlp_width, model.layers, model.streams
-    kv_width = model.kv_heads * model.head_dim
-    transform = model.transform if P > 1 else "none"
-    slots = model.transform_size if transform == "prefix" else 0
-    rank = model.transform_size if transform == "low_rank" else 0
-    stream_weights = _transform_parameters(model)
     aggregation = _aggregation_parameters(model)
     dynamic = P > 1 and model.aggregation == "dynamic"
     new = batch * P * tokens
-
-    square = 2 * D * D + 2 * D * kv_width
-    projections = L * (square + model.qkv_bias * (D + 2 * kv_width))
-    projections += stream_weights if transform in ("low_rank", "bias") else 0
-    pairs = new * (before + (tokens + 1) / 2 + slots)
-    cached = batch * P * (before + 2 * tokens) * 2 * kv_width  # all are read, the new written
+    mixers = [mixer_work(model, size, batch, tokens, before) for size in flops.mixer_sizes(model)]
+    repeats = L // len(mixers)
+    mixer = {name: repeats * sum(getattr(m, name) for m in mixers) for name in mixers[0]._fields}
 
     def work(operations, weights, activations):
         return Work(operations, weight_bytes * weights + activation_bytes * activations)
 
+    mixing = work(2 * mixer["mixed"], mixer["slots"], mixer["moved"])
     return {
         "embedding": work(0, batch * tokens * D, new * D),
         "norms": work(0, (2 * L + 1) * D, 8 * L * new * D),
-        "projections": work(
-            2 * L * new * (square + rank * (3 * D + kv_width)),
-            projections,
-            L * new * (4 * D + 2 * kv_width),
-        ),
-        "attention": work(
-            4 * L * pairs * D,
-            stream_weights if transform == "prefix" else 0,
-            L * (cached + 2 * new * D),
-        ),
+        "projections": work(2 * mixer["projected"], mixer["weights"], mixer["channels"]),
+        "attention": mixing._replace(bytes=mixing.bytes + mixer["state"]),
         "mlp": work(6 * L * new * D * F, 3 * L * D * F, L * new * (2 * D + 3 * F)),
         "aggregation": work(
             2 * batch * P * D * (D + 1) * dynamic, aggregation, batch * (P + 1) * D * (P > 1)
@@ -227,15 +213,16 @@ def decode_cost(
     )
     counts = parameter_counts(model)
     new = batch * model.streams * first
-    kv_width = model.kv_heads * model.head_dim
+    repeats = model.layers // len(model.mixers)
+    caches = [cache_elements(model, mixer, first + output) for mixer in model.mixers]
+    cached = repeats * sum(activation_bytes * n + STATE_BYTES * wide for n, wide in caches)
     # Residual stream and its norm beside gate and up of the MLP; or the logits of one position.
     layer = new * 2 * (model.width + model.mlp_width) * activation_bytes
     memory = Memory(
         weights=weight_bytes * (counts["total"] - counts["streams"]),
         transform=weight_bytes * _transform_parameters(model),
         aggregation=weight_bytes * _aggregation_parameters(model),
-        kv_cache=activation_bytes
-        * (batch * model.streams * (first + output) * 2 * kv_width * model.layers),
+        kv_cache=batch * model.streams * cached,
         activations=max(layer, batch * model.vocab_size * LOGIT_BYTES),
     )
     prefill = _latency(work(first, 0), usable, 1)
@@ -271,9 +258,13 @@ def published_cost(
       chip, batch, prompt, output, flops_efficiency, bandwidth_efficiency: as for `decode_cost`.
 
     Raises:
-      InputError: as for `decode_cost`.
+      InputError: as for `decode_cost`; or a model with other mixers than attention.
     """
     _check(batch=batch, prompt=prompt, output=output)
+    if model.mixers != ("attention",):
+        raise InputError(
+            f"mixers={','.join(model.mixers)}: the paper's assumptions are of attention alone"
+        )
     usable = chip.derated(flops_efficiency, bandwidth_efficiency)
     D, F, L, V, P = model.width, model.mlp_width, model.layers, model.vocab_size, model.streams
     slots = model.transform_size if P > 1 else 0

@@ -11,13 +11,14 @@ from flax import nnx
 from test_flops import dense_attention, paper_model
 
 import models.attention
-from models.config import ModelConfig
+from models.config import RECURRENT, ModelConfig
 from models.transformer import LanguageModel
 from models.weights import StreamParam, TransformParam
 from parscale import cost, cost_comparison
 from parscale.chips import GiB
 from parscale.cost import CHIPS, decode_cost, published_cost
 from parscale.cost_comparison import Totals
+from parscale.flops import forward_flops, mixer_sizes
 from sharding.settings import InputError
 
 SHAPES = {"1.6B": (1536, 8320), "2.8B": (2048, 11008), "4.4B": (2560, 13824)}
@@ -95,6 +96,9 @@ STREAMS = [
     (4, {"aggregation": "mean", "transform": "bias", "qkv_bias": False}),
     (2, {"transform": "low_rank"}),
     (2, {"transform": "soft_tokens"}),
+    (2, {"mixers": ("kda", "mlstm_exp", "window"), "window": 7, "key_dim": 6}),
+    (2, {"mixers": ("aaren", "gla", "delta_net"), "transform": "bias"}),
+    (2, {"mixers": ("retention", "mlstm_sigmoid", "aaren"), "transform": "low_rank"}),
 ]
 
 
@@ -127,11 +131,17 @@ def test_a_step_reads_every_weight_once_that_it_uses(streams, changes):
     # An activation of hardly any size leaves weights, the logits and the rows looked up.
     work = cost.forward_work(config, 2, 1, 10, weight_bytes=4, activation_bytes=1e-9)
     read = sum(part.bytes for part in work.values())
+    state = sum(cost.cache_elements(config, mixer, 0)[1] for mixer in config.mixers)
+    repeats = config.layers // len(config.mixers)
+    read -= 2 * 4 * 2 * streams * repeats * state
     read -= 2 * 4 * config.width + 2 * 4 * config.vocab_size
     counts = cost.parameter_counts(config)
     unused = 0 if config.tied_embeddings else config.vocab_size * config.width
+    # By now they are in the cache: soft tokens and initial states.
     if config.transform == "soft_tokens":
-        unused = streams * config.transform_size * config.width  # by now they are in the cache
+        unused = streams * config.transform_size * config.width
+    if config.transform == "prefix" and streams > 1:
+        unused += sum(size.streams for size in mixer_sizes(config) if size.mixer in RECURRENT)
     assert read == pytest.approx(4 * (counts["total"] - unused), rel=1e-7)
 
 
@@ -164,13 +174,29 @@ def test_operations_of_a_step_are_those_that_xla_counts(streams, transform, monk
     assert formula < counted < 1.02 * formula
 
 
-def test_a_prefill_computes_as_much_as_its_tokens_one_by_one():
-    config = dataclasses.replace(SMALL, streams=4)
+@pytest.mark.parametrize("mixers", [("attention",), ("window", "kda", "aaren")])
+def test_a_prefill_computes_as_much_as_its_tokens_one_by_one(mixers):
+    config = dataclasses.replace(SMALL, streams=4, mixers=mixers, window=4)
     whole = cost.forward_work(config, 3, 11, 0)
     steps = cost.forward_work(config, 3, 1, np.arange(11))
     for name in ("projections", "attention", "mlp"):
         single = np.broadcast_to(steps[name].flops, 11).sum()
         assert whole[name].flops == pytest.approx(single, rel=1e-12)
+
+
+def test_recurrences_compute_the_same_in_decoding_as_in_training():
+    config = dataclasses.replace(SMALL, mixers=("gla", "gated_delta_net", "mlstm_exp"))
+    work = cost.forward_work(config, 3, 11, 5)
+    del work["head"]
+    head = 2 * 11 * config.width * config.vocab_size
+    assert sum(part.flops for part in work.values()) == 3 * (forward_flops(config, 11) - head)
+
+
+def test_a_recurrent_state_is_all_the_memory_that_grows_with_streams():
+    config = dataclasses.replace(SMALL, mixers=("gated_delta_net",), streams=2)
+    short, long = (decode_cost(config, CHIPS["v5e"], 2, 8, n) for n in (8, 4096))
+    assert short.memory.kv_cache == long.memory.kv_cache
+    assert short.step == pytest.approx(long.step, rel=1e-9)
 
 
 def test_a_part_takes_the_longer_of_computing_and_moving():
@@ -231,6 +257,9 @@ def test_bad_input():
         "output=-1": lambda: published_cost(SMALL, CHIPS["v4"], 1, 1, -1),
         "flops_efficiency=1.5": lambda: decode_cost(
             SMALL, CHIPS["v4"], 1, 1, 1, flops_efficiency=1.5
+        ),
+        "mixers=gla: the paper": lambda: published_cost(
+            dataclasses.replace(SMALL, mixers=("gla",)), CHIPS["v4"], 1, 1, 1
         ),
         "k=-0.1": lambda: cost_comparison.equal_loss(SMALL, -0.1),
     }
