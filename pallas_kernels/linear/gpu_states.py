@@ -1,0 +1,190 @@
+"""The kernel of the states: the recurrence over chunks, forwards or backwards in time.
+
+    X = values + f * (w S^T)    (of a chunk; only where the recurrence has the delta rule)
+    S' = keep * S + again + (g * X)^T keys + (g2 * values2)^T keys2
+
+f, g and g2 have a number for each token, `keep` one for each column. A program holds 64 rows of S,
+which is `[hv, hk]`: the transpose of what the op calls a state.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.linear import gpu_tiles as tiles
+from pallas_kernels.linear.gpu_tiles import ROWS, Vectors
+
+
+class StateInputs(NamedTuple):
+    """Arrays with padded axes; b runs over N and P.
+
+    Attributes:
+      keys, values: `[b, T, K or H, hk]` and `[b, T, H, hv]`.
+      factors: "written" (g), "solved" (f) and "more" (g2), those that are needed.
+      keep: float32 `[b, H n, hk]`, for each chunk.
+      start: float32, S at the first chunk, `[b or P, H hv, hk]`; None: zero.
+      again: float32 `[b, H n, hk]` and `[P, H hv, hk]`, which a chunk adds as a product; or None.
+      solve: w, `[b, T, K or H, hk]`, or None.
+      more: keys2 and values2, or None.
+    """
+
+    keys: Float[Array, "b T K hk"]
+    values: Float[Array, "b T H hv"]
+    factors: Vectors
+    keep: Float[Array, "b Hn hk"]
+    start: Float[Array, "b Hhv hk"] | None = None
+    again: tuple[Array, Array] | None = None
+    solve: Float[Array, "b T K hk"] | None = None
+    more: tuple[Array, Array] | None = None
+
+
+def call(inputs: StateInputs, streams: int, reverse: bool, stages: int):
+    """The states before each chunk (after it, if `reverse`) in the type of `values`, `[b, H n, hv,
+    hk]`, the last one in float32 `[b, H hv, hk]`, and with `solve` X, like `values`.
+
+    Args:
+      streams: P.
+      reverse: from the last chunk to the first.
+      stages: tiles of tokens that are in memory at a time.
+    """
+    (b, T, H, hv), hk = inputs.values.shape, inputs.keys.shape[-1]
+    dtype, n = inputs.values.dtype, inputs.keep.shape[1] // H
+    per = T // (n * ROWS)
+    solves, adds = inputs.solve is not None, inputs.more is not None
+
+    def entry(x, batch):
+        return batch if x.shape[0] == b else lax.rem(batch, streams)
+
+    def program(operands, outs, memory):
+        batch, head, part = (lax.axis_index(name) for name in ("batch", "head", "block"))
+        place = tiles.ds(head * hv + part * ROWS)
+
+        def in_time(index, count):
+            return count - 1 - index if reverse else index
+
+        def copies(step):
+            rows = tiles.ds(in_time(step, n * per) * ROWS)
+            chunk = head * n + in_time(lax.div(step, per), n)
+            key = lambda x: x.at[batch, rows, tiles.head_of(x, head, H)]  # noqa: E731
+            value = lambda x: x.at[batch, rows, head, tiles.ds(part * ROWS)]  # noqa: E731
+            yield "keys", key(operands.keys)
+            yield "values", value(operands.values)
+            yield "factors", operands.factors.array.at[batch, head, :, rows]
+            yield "keep", operands.keep.at[batch, chunk]
+            if solves:
+                yield "solve", key(operands.solve)
+            if adds:
+                yield "more_keys", key(operands.more[0])
+                yield "more_values", value(operands.more[1])
+            if operands.again is not None:
+                yield "again_factor", operands.again[0].at[batch, chunk]
+
+        ring = tiles.Ring(memory, copies, n * per)
+        ring.start()
+
+        def fetched(x):
+            return tiles.fetched(x.at[entry(x, batch), place])
+
+        if operands.start is None:
+            S = tiles.filled((ROWS, hk), 0.0, tiles.MATRIX)
+        else:
+            S = fetched(operands.start)
+
+        def chunk(c, S):
+            step = c * per
+            ring.wait(step)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            memory["S"][...] = S.astype(dtype)
+            plgpu.commit_smem()
+            index = head * n + in_time(c, n)
+            plgpu.copy_smem_to_gmem(
+                memory["S"], outs["states"].at[batch, index, tiles.ds(part * ROWS)]
+            )
+            column = lambda name: tiles.laid_out(ring.at(name, step)[...], tiles.PER_COLUMN)  # noqa: E731
+            S = S * tiles.spread(column("keep"), S.shape, 1)
+            if operands.again is not None:
+                factor = tiles.spread(column("again_factor"), S.shape, 1)
+                S = S + factor * fetched(operands.again[1])
+            S = tile(step, S)
+            return lax.fori_loop(step + 1, step + per, tile_after, S) if per > 1 else S
+
+        def tile_after(step, S):
+            ring.wait(step)
+            return tile(step, S)
+
+        def tile(step, S):
+            def factor(name):
+                row = ring.at("factors", step).at[inputs.factors.names.index(name)]
+                row = tiles.laid_out(row[...], tiles.PER_ROW)
+                return tiles.spread(row, (ROWS, ROWS), 0)
+
+            x = tiles.loaded(ring.at("values", step))
+            if solves:
+                zero = tiles.filled((ROWS, ROWS), 0.0, tiles.MATRIX)
+                found = tiles.multiply(zero, (ring.at("solve", step), tiles.turned(memory["S"])))
+                x = x + (found * factor("solved") if "solved" in inputs.factors.names else found)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                memory["X"][...] = x.astype(dtype)
+            if "written" in inputs.factors.names:
+                x = x * factor("written")
+            # In turns: another warp may still multiply what was written a step ago.
+            written = memory["written"].at[lax.rem(step, 2)]
+            written[...] = x.astype(dtype)
+            pairs = [(tiles.turned(written), ring.at("keys", step))]
+            if adds:
+                more = memory["more"].at[lax.rem(step, 2)]
+                more[...] = (tiles.loaded(ring.at("more_values", step)) * factor("more")).astype(
+                    dtype
+                )
+                pairs.append((tiles.turned(more), ring.at("more_keys", step)))
+            plgpu.commit_smem()
+            if solves:
+                rows = tiles.ds(in_time(step, n * per) * ROWS)
+                target = outs["X"].at[batch, rows, head, tiles.ds(part * ROWS)]
+                plgpu.copy_smem_to_gmem(memory["X"], target)
+            if stages > 1:
+                # All threads have met since the last step's products, which are done.
+                pl.when(step > 0)(lambda: ring.refill(step - 1))
+            S = tiles.multiply(S, *pairs)
+            if stages == 1:
+                plgpu.commit_smem()
+                ring.refill(step)
+            return S
+
+        outs["end"].at[batch, place][...] = lax.fori_loop(0, n, chunk, S)
+        plgpu.wait_smem_to_gmem(0)
+
+    shapes = {
+        "states": jax.ShapeDtypeStruct((b, H * n, hv, hk), dtype),
+        "end": jax.ShapeDtypeStruct((b, H * hv, hk), jnp.float32),
+    }
+    count = len(inputs.factors.names)
+    scratch = {
+        "keys": tiles.shared((stages, ROWS, hk), dtype),
+        "values": tiles.shared((stages, ROWS, ROWS), dtype),
+        "factors": plgpu.SMEM((stages, count, ROWS), jnp.float32),
+        "keep": plgpu.SMEM((stages, hk), jnp.float32),
+        "S": tiles.shared((ROWS, hk), dtype),
+        "written": tiles.shared((2, ROWS, ROWS), dtype),
+    }
+    copies = 4
+    if solves:
+        shapes["X"] = jax.ShapeDtypeStruct(inputs.values.shape, dtype)
+        scratch["solve"] = tiles.shared((stages, ROWS, hk), dtype)
+        scratch["X"] = tiles.shared((ROWS, ROWS), dtype)
+        copies += 1
+    if adds:
+        scratch["more_keys"] = tiles.shared((stages, ROWS, hk), dtype)
+        scratch["more_values"] = tiles.shared((stages, ROWS, ROWS), dtype)
+        scratch["more"] = tiles.shared((2, ROWS, ROWS), dtype)
+        copies += 2
+    if inputs.again is not None:
+        scratch["again_factor"] = plgpu.SMEM((stages, hk), jnp.float32)
+        copies += 1
+    scratch["ready"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    return tiles.run("linear_states", program, shapes, scratch, (b, H, hv // ROWS), inputs)
