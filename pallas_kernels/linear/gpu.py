@@ -5,8 +5,13 @@ tokens of all chunks find (`gpu_outputs`), as in tiled flash linear attention (a
 Both also run backwards in time, where they compute the gradients. Head dimensions are padded to
 multiples of 64, positions to whole chunks; sums and states are float32, operands of products, and
 states in memory, have the type of q.
+
+With the delta rule, where a token's error is part of what later ones correct, that type is float16:
+bfloat16's 8 bits would lose two digits of it. Values and states are then in a unit of their own, as
+are the gradients that come in; keys and queries are expected to have a norm of about 1.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -62,7 +67,59 @@ def forward(options: Options, inputs: Inputs, save: bool):
     Raises:
       ValueError: the inputs are `unfit`.
     """
-    given, inputs = inputs, _fitting(options, inputs)
+    why = unfit(options, inputs)
+    if why:
+        raise ValueError(why)
+    if inputs.beta is None:
+        return _forward(options, inputs, save)
+    narrow, unit = _in_float16(inputs)
+    out, end, saved = _forward(options, narrow, save)
+    end = end._replace(matrix=end.matrix * unit)
+    return (out * unit).astype(inputs.v.dtype), end, saved
+
+
+def backward(options: Options, inputs: Inputs, out, starts: Saved, dout, dend) -> Inputs:
+    """By the contract of `pallas_kernels.linear.api`."""
+    if inputs.beta is None:
+        gradients = _backward(options, inputs, out, starts, dout, dend)
+    else:
+        narrow, unit = _in_float16(inputs)
+        dunit = _unit(dout, dend.matrix)
+        dout, dend = (dout / dunit).astype(narrow.v.dtype), _times(dend, 1 / dunit)
+        gradients = _backward(options, narrow, out, starts, dout, dend)
+        gradients = jax.tree.map(lambda x: x * dunit, gradients)
+        # v and the states were divided by `unit`; what is by all else, is by their multiples.
+        others = gradients._replace(v=None, initial=None, restart=None)
+        others = jax.tree.map(lambda x: x * unit, others)
+        linear = {name: getattr(gradients, name) for name in ("v", "initial", "restart")}
+        gradients = others._replace(**linear)
+    q, k, v = (x.astype(y.dtype) for x, y in zip(gradients[:3], inputs[:3], strict=True))
+    return gradients._replace(q=q, k=k, v=v)
+
+
+def _in_float16(inputs):
+    """With values and states in a unit, which comes second, so that float16 suffices for them."""
+    unit = _unit(inputs.v, inputs.initial, inputs.restart)
+    q, k, v = (x.astype(jnp.float16) for x in (inputs.q, inputs.k, inputs.v / unit))
+    states = (_times(state, 1 / unit) for state in (inputs.initial, inputs.restart))
+    initial, restart = states
+    return inputs._replace(q=q, k=k, v=v, initial=initial, restart=restart), unit
+
+
+def _unit(*arrays):
+    """The power of 2 below the largest absolute value; 1 if that is 0."""
+    largest = [jnp.max(jnp.abs(x)).astype(jnp.float32) for x in jax.tree.leaves(arrays)]
+    bits = jax.lax.bitcast_convert_type(functools.reduce(jnp.maximum, largest), jnp.int32)
+    exponent = jax.lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32)
+    return jax.lax.stop_gradient(jnp.where(exponent > 0, exponent, 1.0))
+
+
+def _times(state, factor):
+    return None if state is None else state._replace(matrix=state.matrix * factor)
+
+
+def _forward(options, inputs, save):
+    given, inputs = inputs, padded(inputs)
     prepared, constants = prepare(options, _wide(inputs))
     call = Call(options, inputs, prepared, constants)
     start = None if inputs.initial is None else turned(inputs.initial.matrix)
@@ -87,9 +144,9 @@ def forward(options: Options, inputs: Inputs, save: bool):
     return call.untokens(found["out"])[..., :hv], cut_state(end, hk, hv), saved
 
 
-def backward(options: Options, inputs: Inputs, out, starts: Saved, dout, dend) -> Inputs:
-    """By the contract of `pallas_kernels.linear.api`."""
-    given, inputs = inputs, _fitting(options, inputs)
+def _backward(options, inputs, out, starts, dout, dend):
+    """Gradients, of q, k and v in float32."""
+    given, inputs = inputs, padded(inputs)
     documents = inputs.documents
     prepared, pull, constants = jax.vjp(
         lambda x: prepare(options, x._replace(documents=documents)),
@@ -161,14 +218,7 @@ def backward(options: Options, inputs: Inputs, out, starts: Saved, dout, dend) -
     if call.again is not None:
         state = gradients.restart
         gradients = gradients._replace(restart=state._replace(matrix=state.matrix + drestart))
-    return _like(gradients, given)
-
-
-def _fitting(options, inputs):
-    why = unfit(options, inputs)
-    if why:
-        raise ValueError(why)
-    return padded(inputs)
+    return _cut(gradients, given)
 
 
 def _wide(inputs):
@@ -180,17 +230,14 @@ def _plus(inputs, **terms):
     return inputs._replace(**{name: getattr(inputs, name) + x for name, x in terms.items()})
 
 
-def _like(gradients, given):
-    """Without padding, in the types of `given`."""
+def _cut(gradients, given):
+    """Without padding."""
     hk, hv = given.q.shape[-1], given.v.shape[-1]
     states = {
         name: None if state is None else cut_state(state, hk, hv)
         for name, state in (("initial", gradients.initial), ("restart", gradients.restart))
     }
-    q, k, v = (
-        x[..., : like.shape[-1]].astype(like.dtype)
-        for x, like in zip(gradients[:3], given[:3], strict=True)
-    )
+    q, k, v = (x[..., : y.shape[-1]] for x, y in zip(gradients[:3], given[:3], strict=True))
     return gradients._replace(q=q, k=k, v=v, **states)
 
 

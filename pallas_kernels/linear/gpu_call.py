@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -133,9 +132,7 @@ class Call:
         stages = min(MAX_STAGES, (SHARED_MEMORY - fixed) // each)
         return gpu_states.call(inputs, self.inputs.q.shape[1], reverse, stages)
 
-    def outputs(
-        self, q, k, v, states, own, other=None, against=None, swapped=False, reverse=False
-    ):
+    def outputs(self, q, k, v, states, own, other=None, against=None, swapped=False, reverse=False):
         """`gpu_outputs.call`, with the exponents of queries (`reverse`: keys) for tokens i.
 
         Args:

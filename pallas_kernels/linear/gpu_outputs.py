@@ -52,9 +52,9 @@ def call(
     reverse: bool = False,
     swapped: bool = False,
 ):
-    """The outputs, by name: "out", `[b, T, H, y]` in the type of q; float32 `[b, H, T]` "sums", what
-    they were divided by but for `floor`; with `against` its products with q_i S_s^T, by the name of
-    the state, and with o_i, "against".
+    """The outputs, by name: "out", `[b, T, H, y]` in the type of q; and float32 `[b, H, T]`: "sums",
+    what outputs are divided by but for `floor`, or, with `against`, its products with q_i S_s^T, by
+    the name of the state, and with o_i, "against".
 
     Args:
       heads: H.
@@ -93,8 +93,11 @@ def call(
         copy_own("q", tokens(operands.q, mine))
         copy_own("own", operands.own.array.at[batch, head, :, mine])
         for name, array in operands.states.items():
-            at = (batch, head * (T // chunk) + c) if name == "state" else (
-                lax.rem(batch, array.shape[0]), head)
+            at = (
+                (batch, head * (T // chunk) + c)
+                if name == "state"
+                else (lax.rem(batch, array.shape[0]), head)
+            )
             copy_own(name, array.at[*at, :, columns] if swapped else array.at[*at, columns])
         if operands.against is not None:
             copy_own("against", tokens(operands.against, mine, columns))
@@ -121,6 +124,7 @@ def call(
 
         def factors(step, is_first):
             """Of the v of a tile."""
+
             def other(name):
                 vector = ring.at("other", step).at[other_names.index(name)]
                 vector = tiles.laid_out(vector[...], tiles.PER_COLUMN)

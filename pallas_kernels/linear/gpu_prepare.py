@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.linear.gates import Exact, Rows, in_chunks, make_rows
+from pallas_kernels.linear.gates import Exact, in_chunks, make_rows
 from pallas_kernels.linear.inverse import unit_lower_inverse
 from pallas_kernels.linear.options import Inputs, Options
 from pallas_kernels.linear.states import initial_state, restart_state
@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
       before: `[b, H, T]`, what a normalized output is divided by, but for the tokens of its chunk.
       normalizer: `[N, P, H, hk]`, after the last token.
       written: `[b, T, H, hv]`, with the delta rule: what a chunk would write after a zero state.
-      found: `[b, T, H, hk]`, with the delta rule: and what it writes beside, found S, for a state S.
+      found: `[b, T, H, hk]`, with the delta rule: for a state S it writes `found S` more.
     """
 
     queries_low: Float[Array, "b H T"]
@@ -83,7 +83,9 @@ def prepare(options: Options, inputs: Inputs) -> tuple[Prepared, Constants]:
 
     one, zero = jnp.ones(shape), jnp.zeros(shape)
     total = Exact(zero, zero) if rows.total is None else rows.total
-    enter, leave = (one if x is None else jnp.broadcast_to(x, shape) for x in (rows.enter, rows.leave))
+    enter, leave = (
+        one if x is None else jnp.broadcast_to(x, shape) for x in (rows.enter, rows.leave)
+    )
     keys_low, before, normalizer, written, found = total.low, None, None, None, None
     if inputs.beta is not None:
         written, found = _solve(options, inputs, rows, enter)
@@ -120,7 +122,7 @@ def _normalizers(options, inputs, rows, leave):
     n, N, P, H, C = leave.shape
     q, k = (in_chunks(x, C) for x in inputs[:2])
     K, hk = k.shape[-2:]
-    grouped = lambda x: x.reshape(*x.shape[:3], K, H // K, *x.shape[4:])  # noqa: E731
+    grouped = lambda x: x.reshape(*x.shape[:3], K, H // K, *x.shape[4:])
     added = jnp.einsum("nbpckd,nbpkgc->nbpkgd", k, grouped(leave)).reshape(n, N, P, H, hk)
     begin, again = (s(options, inputs).normalizer for s in (initial_state, restart_state))
     if rows.restart is not None:
@@ -148,7 +150,7 @@ def _solve(options, inputs, rows, enter):
     """(I + A)^-1 of what tokens write, and of what they find of the state (arXiv 2406.06484)."""
     C, (H, K) = options.chunk, (inputs.v.shape[3], inputs.k.shape[3])
     k, v = (jnp.moveaxis(in_chunks(x, C), 3, 4) for x in inputs[1:3])
-    spread = lambda x: jnp.repeat(x, H // K, axis=3)  # noqa: E731
+    spread = lambda x: jnp.repeat(x, H // K, axis=3)
     overlap, k = spread(k @ k.mT), spread(k)
     below = jnp.tri(C, k=-1, dtype=bool)
     if rows.documents is not None:
@@ -162,5 +164,5 @@ def _solve(options, inputs, rows, enter):
         factor = (rows.restart * rows.weight)[..., None]
         written = written - (factor * k) @ restart_state(options, inputs).matrix
     found = -(enter * rows.weight)[..., None] * k
-    flat = lambda x: jnp.moveaxis(x, (0, 4), (2, 3)).reshape(-1, x.shape[0] * C, H, x.shape[-1])  # noqa: E731
+    flat = lambda x: jnp.moveaxis(x, (0, 4), (2, 3)).reshape(-1, x.shape[0] * C, H, x.shape[-1])
     return flat(inverse @ written), flat(inverse @ found)

@@ -70,8 +70,8 @@ def call(inputs: StateInputs, streams: int, reverse: bool, stages: int):
         def copies(step):
             rows = tiles.ds(in_time(step, n * per) * ROWS)
             chunk = head * n + in_time(lax.div(step, per), n)
-            key = lambda x: x.at[batch, rows, tiles.head_of(x, head, H)]  # noqa: E731
-            value = lambda x: x.at[batch, rows, head, tiles.ds(part * ROWS)]  # noqa: E731
+            key = lambda x: x.at[batch, rows, tiles.head_of(x, head, H)]
+            value = lambda x: x.at[batch, rows, head, tiles.ds(part * ROWS)]
             yield "keys", key(operands.keys)
             yield "values", value(operands.values)
             yield "factors", operands.factors.array.at[batch, head, :, rows]
@@ -105,7 +105,7 @@ def call(inputs: StateInputs, streams: int, reverse: bool, stages: int):
             plgpu.copy_smem_to_gmem(
                 memory["S"], outs["states"].at[batch, index, tiles.ds(part * ROWS)]
             )
-            column = lambda name: tiles.laid_out(ring.at(name, step)[...], tiles.PER_COLUMN)  # noqa: E731
+            column = lambda name: tiles.laid_out(ring.at(name, step)[...], tiles.PER_COLUMN)
             S = S * tiles.spread(column("keep"), S.shape, 1)
             if operands.again is not None:
                 factor = tiles.spread(column("again_factor"), S.shape, 1)

@@ -26,7 +26,17 @@ from pallas_kernels.flash.gpu_tiles import (
     spread,
 )
 
-__all__ = ["MATRIX", "PER_COLUMN", "PER_ROW", "ROWS", "filled", "laid_out", "positions", "shared", "spread"]
+__all__ = [
+    "MATRIX",
+    "PER_COLUMN",
+    "PER_ROW",
+    "ROWS",
+    "filled",
+    "laid_out",
+    "positions",
+    "shared",
+    "spread",
+]
 
 
 def ds(first):
