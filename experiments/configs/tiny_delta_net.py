@@ -1,0 +1,17 @@
+"""DeltaNet (arXiv 2406.06484) for attention: tiny with another mixer.
+
+    python -m experiments.train --config=tiny_delta_net --workdir=tiny_delta_net
+
+Width, layers, data and steps of tiny, whose number of parameters the width of the MLP keeps.
+"""
+
+import dataclasses
+
+from experiments.configs import tiny
+from parscale.config import Config
+
+
+def get_config() -> Config:
+    config = tiny.get_config()
+    model = dataclasses.replace(config.model, mixers=("delta_net",), kv_heads=4, mlp_width=328)
+    return dataclasses.replace(config, model=model)

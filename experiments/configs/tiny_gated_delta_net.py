@@ -1,0 +1,19 @@
+"""Gated DeltaNet (arXiv 2412.06464) for attention: tiny with another mixer.
+
+    python -m experiments.train --config=tiny_gated_delta_net --workdir=tiny_gated_delta_net
+
+Width, layers, data and steps of tiny, whose number of parameters the width of the MLP keeps.
+"""
+
+import dataclasses
+
+from experiments.configs import tiny
+from parscale.config import Config
+
+
+def get_config() -> Config:
+    config = tiny.get_config()
+    model = dataclasses.replace(
+        config.model, mixers=("gated_delta_net",), kv_heads=4, mlp_width=280
+    )
+    return dataclasses.replace(config, model=model)

@@ -1,0 +1,17 @@
+"""Gated linear attention (arXiv 2312.06635) for attention: tiny with another mixer.
+
+    python -m experiments.train --config=tiny_gla --workdir=tiny_gla
+
+Width, layers, data and steps of tiny, whose number of parameters the width of the MLP keeps.
+"""
+
+import dataclasses
+
+from experiments.configs import tiny
+from parscale.config import Config
+
+
+def get_config() -> Config:
+    config = tiny.get_config()
+    model = dataclasses.replace(config.model, mixers=("gla",), kv_heads=4, mlp_width=280)
+    return dataclasses.replace(config, model=model)

@@ -1,0 +1,17 @@
+"""The mLSTM with an exponential gate (arXiv 2405.04517) for attention: tiny with another mixer.
+
+    python -m experiments.train --config=tiny_mlstm_exp --workdir=tiny_mlstm_exp
+
+Width, layers, data and steps of tiny, whose number of parameters the width of the MLP keeps.
+"""
+
+import dataclasses
+
+from experiments.configs import tiny
+from parscale.config import Config
+
+
+def get_config() -> Config:
+    config = tiny.get_config()
+    model = dataclasses.replace(config.model, mixers=("mlstm_exp",), kv_heads=4, mlp_width=288)
+    return dataclasses.replace(config, model=model)
