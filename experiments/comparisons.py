@@ -5,10 +5,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from experiments import gpu_attention, program, timing
+from experiments import gpu_attention, linear_workloads, program, timing
 from experiments.workloads import Shape
 
-MEASURES = ("train", "decode", "attention", "masks", "gpu")
+MEASURES = ("train", "decode", "attention", "masks", "linear", "gpu")
 ALLOCATORS = ("tuned", "default")
 # The sides of a comparison share the memory of one GPU.
 GPU_ENVIRONMENT = {
@@ -66,6 +66,7 @@ def tables(shape: Shape, measures: list[str], peers: bool) -> list[Table]:
         "decode": _decode_table,
         "attention": _attention_table,
         "masks": _masks_table,
+        "linear": _linear_table,
         "gpu": _gpu_table,
     }
     return [make[name](shape, peers) for name in MEASURES if name in measures]
@@ -172,6 +173,34 @@ def _masks_table(shape: Shape, peers: bool) -> Table:
     return Table("attention under masks", note, rows)
 
 
+def _linear_table(shape: Shape, peers: bool) -> Table:
+    """Of the XLA form in chunks; the recurrence, and itself at another length, are the peers."""
+    del shape, peers
+    both, first = "forward and backward", linear_workloads.LENGTHS[0]
+    rows = []
+
+    def add(name, recurrence, length, implementation, against, share=0.0):
+        arguments = {"recurrence": recurrence, "length": length, "implementation": implementation}
+        call = "experiments.linear_workloads:linear_attention"
+        rows.append(Row(name, call, arguments, both, against, length, 0, share))
+
+    for name in linear_workloads.RECURRENCES:
+        scan = f"{name}, token by token"
+        add(f"{name}, in chunks", name, first, "xla", scan)
+        add(scan, name, first, "oracle", "")
+    for name in linear_workloads.RECURRENCES:
+        for length in linear_workloads.LENGTHS[1:]:
+            against = f"{name}, in chunks"
+            add(f"{against}, T {length}", name, length, "xla", against, length / first)
+    note = (
+        f"[1, {first}, {linear_workloads.HEADS} heads, {linear_workloads.HEAD_DIM}] float32, "
+        "forward and backward, in chunks of 64 beside the scan over tokens; then longer rows "
+        "beside the first. live: tokens over those of the peer; per live: ratio of the median "
+        "times over it, 1 where time is linear in the length."
+    )
+    return Table("linear attention", note, rows)
+
+
 def _gpu_table(shape: Shape, peers: bool) -> Table:
     """Causal attention beside cuDNN; masks beside our own without one, and FlexAttention."""
     del shape
@@ -272,7 +301,10 @@ def describe(table: Table, measured: Mapping[str, Any], quiet: float) -> str:
         cells += [f"{ratio:.2f}" for ratio in ratios(times, peer[1])] if peer else ["", ""]
         if has_share and row.share:
             ratio = ratios(times, peer[1])[1]
-            cells += [f"{row.share:.1%}", f"{ratio / row.share:.2f}"]
+            cells += [
+                f"{row.share:.1%}" if row.share <= 1 else f"{row.share:.0f}",
+                f"{ratio / row.share:.2f}",
+            ]
         elif has_share:
             cells += ["", ""]
         else:

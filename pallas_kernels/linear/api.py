@@ -238,7 +238,7 @@ def check_arguments(
     if normalize and gates["beta"] is not None:
         raise ValueError("normalize with beta: the delta rule has no normalizer")
     decay = gates["log_decay"]
-    if normalize and decay is not None and decay.ndim == v.ndim and decay.shape != rows:
+    if normalize and decay is not None and decay.shape != rows:
         raise ValueError(
             f"normalize with log_decay {decay.shape}: expected one decay for each head, {rows}"
         )
@@ -262,13 +262,12 @@ def _check_state(name, state, normalize, lead, shape):
     if normalize != isinstance(state, tuple):
         expected = "a NormalizedState" if normalize else "an array"
         raise ValueError(f"{name} is a {type(state).__name__}: expected {expected}")
-    parts = state if normalize else (state,)
     leads = [lead[-1:], lead] if name == "initial_state" else [lead[-1:]]
-    expected = [[(*some, *shape[: 3 - i - (i > 0)]) for i, _ in enumerate(parts)] for some in leads]
-    shapes = [part.shape for part in parts]
     if normalize:
+        shapes = [jnp.shape(part) for part in state]
         expected = [[(*some, *shape), (*some, *shape[:2]), (*some, shape[0])] for some in leads]
+    else:
+        shapes, expected = state.shape, [(*some, *shape) for some in leads]
     if shapes not in expected:
-        known = " or ".join(str(x if normalize else x[0]) for x in expected)
-        found = shapes if normalize else shapes[0]
-        raise ValueError(f"{name} of shape {found}: expected {known}")
+        known = " or ".join(map(str, expected))
+        raise ValueError(f"{name} of shape {shapes}: expected {known}")
