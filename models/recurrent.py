@@ -19,8 +19,7 @@ from models.context import Context
 from models.layers import project
 from models.transforms import Projection, StreamTransform, layer_transform
 from models.weights import TransformParam, WeightMaker, normal, ones, uniform
-from pallas_kernels import linear_attention
-from pallas_kernels.linear import NormalizedState
+from pallas_kernels import NormalizedState, linear_attention, sharded_linear_attention
 from sharding import rules
 
 KEY_HEADS = ("batch", "streams", None, "kv_heads", None)
@@ -311,8 +310,6 @@ def recur(q: Array, k: Array, v: Array, **arguments: Any) -> tuple[Array, Any]:
     """`pallas_kernels.linear_attention` of each device's own rows, streams and heads."""
     if not rules.is_sharded():
         return linear_attention(q, k, v, **arguments)
-    from pallas_kernels import sharded_linear_attention
-
     specs = {"q_spec": rules.partition_spec(KEY_HEADS), "v_spec": rules.partition_spec(VALUE_HEADS)}
     return sharded_linear_attention(q, k, v, **specs, **arguments)
 

@@ -14,6 +14,9 @@ from models.config import MIXERS, RECURRENT, ModelConfig
 from models.growth import begin_from, check_growable
 from models.transformer import LanguageModel
 from models.weights import TransformParam
+from parscale.training import map_weights
+from sharding import rules
+from sharding.mesh import MeshConfig, make_mesh
 from sharding.settings import InputError
 
 PATTERN = ("kda", "retention", "attention", "aaren")
@@ -189,3 +192,38 @@ def test_only_attention_goes_to_hugging_face(tmp_path):
             continue
         with pytest.raises(InputError, match=f"mixers={mixer}"):
             huggingface.check_exportable(config)
+
+
+@pytest.mark.parametrize(
+    ("mixers", "length"),
+    [
+        (("gla",), LENGTH),
+        pytest.param(("gated_delta_net", "mlstm_exp"), LENGTH, marks=pytest.mark.slow),
+        pytest.param(("aaren", "window"), LENGTH, marks=pytest.mark.slow),
+        pytest.param(("retention", "kda"), 70, marks=pytest.mark.slow),
+        pytest.param(("delta_net", "mlstm_sigmoid"), 70, marks=pytest.mark.slow),
+    ],
+)
+def test_a_mesh_computes_what_one_device_does(mixers, length):
+    """Rows, streams and heads over eight devices, forward and backward."""
+    config = dataclasses.replace(
+        SMALL, mixers=mixers, layers=len(mixers), streams=2, vocab_size=32, layer_loop="scan"
+    )
+    model = make_model(config)
+    graph, weights = nnx.split(model)
+    params = nnx.to_pure_dict(weights)
+    ids = random_ids(config, 4, length)
+    segments = np.repeat(np.where(np.arange(length) < 4, 1, 2)[None], 4, 0).astype(np.int32)
+
+    def loss(params):
+        logits = nnx.merge(graph, params)(ids, segment_ids=segments)
+        return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[..., 0])
+
+    compute = jax.value_and_grad(loss)
+    expected = jax.jit(compute)(params)
+    mesh = make_mesh(MeshConfig(data=2, stream=2, tensor=2))
+    shardings = map_weights(lambda weight: rules.named_sharding(mesh, *weight.axes), weights)
+    with jax.set_mesh(mesh):
+        found = jax.jit(compute)(jax.tree.map(jax.device_put, params, shardings))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * max(np.abs(b).max(), 1e-2))
