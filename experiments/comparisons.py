@@ -5,10 +5,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from experiments import gpu_attention, linear_workloads, program, timing
+from experiments import gpu_attention, gpu_linear, linear_workloads, program, timing
 from experiments.workloads import Shape
 
-MEASURES = ("train", "decode", "attention", "masks", "linear", "gpu")
+MEASURES = ("train", "decode", "attention", "masks", "linear", "gpu", "gpu_linear")
 ALLOCATORS = ("tuned", "default")
 # The sides of a comparison share the memory of one GPU.
 GPU_ENVIRONMENT = {
@@ -68,6 +68,7 @@ def tables(shape: Shape, measures: list[str], peers: bool) -> list[Table]:
         "masks": _masks_table,
         "linear": _linear_table,
         "gpu": _gpu_table,
+        "gpu_linear": _gpu_linear_table,
     }
     return [make[name](shape, peers) for name in MEASURES if name in measures]
 
@@ -238,6 +239,26 @@ def _gpu_table(shape: Shape, peers: bool) -> Table:
         "attention is compared with cuDNN (jax.nn.dot_product_attention), a mask with our own "
         "attention without one. live: share of visible pairs; per live: ratio over it; TFLOP/s "
         "count visible pairs."
+    )
+    return Table(title, note, rows, "gpu")
+
+
+def _gpu_linear_table(shape: Shape, peers: bool) -> Table:
+    """Beside flash-linear-attention; the mLSTM beside cuDNN's attention."""
+    del shape
+    title = "linear attention on a GPU"
+    if not gpu_attention.has_gpu():
+        return Table(title, "not measured: this machine has no NVIDIA GPU", [], "gpu")
+    rows = [
+        Row(f"{name}, {run}", f"experiments.gpu_linear:{call}", arguments, run,
+            against and f"{against}, {run}", gpu_linear.LENGTH)
+        for run in gpu_attention.PASSES
+        for name, call, arguments, against in gpu_linear.comparisons(peers)
+    ]  # fmt: skip
+    note = (
+        f"[1, {gpu_linear.LENGTH}, heads, {gpu_linear.HEAD_DIM}] bfloat16. FLA is "
+        "flash-linear-attention (Triton); the mLSTM is compared with causal cuDNN attention of "
+        "the same arrays (jax.nn.dot_product_attention)."
     )
     return Table(title, note, rows, "gpu")
 

@@ -3,7 +3,16 @@ import time
 
 import pytest
 
-from experiments import bench, comparisons, gpu_attention, program, timing, workloads
+from experiments import (
+    bench,
+    comparisons,
+    gpu_attention,
+    gpu_linear,
+    linear_workloads,
+    program,
+    timing,
+    workloads,
+)
 
 TINY = workloads.Shape(
     width=16, layers=1, heads=2, kv_heads=1, mlp_width=16, vocab_size=32, streams=2, rows=2,
@@ -83,10 +92,25 @@ def test_our_side_runs():
         work()
 
 
+@pytest.mark.parametrize(
+    "recurrence",
+    [
+        name if name == "mLSTM" else pytest.param(name, marks=pytest.mark.slow)
+        for name in linear_workloads.RECURRENCES
+    ],
+)
+def test_linear_attention_runs(recurrence):
+    for form in ("xla", "oracle"):
+        runs = linear_workloads.linear_attention({}, recurrence, 70, form)
+        runs["forward and backward"]()
+
+
 def test_the_side_of_a_gpu_runs_on_a_cpu(monkeypatch):
     monkeypatch.setattr(gpu_attention, "rows_of", lambda length: 1)
     gpu_attention.ours(64, "fork_join", implementation=None)["forward"]()
     gpu_attention.cudnn(64, implementation="xla")["forward and backward"]()
+    gpu_linear.ours("gated DeltaNet", 1, length=64, implementation=None)["forward"]()
+    gpu_linear.cudnn(1, length=64, implementation="xla")["forward"]()
 
 
 def test_the_peer_side_runs():
@@ -122,6 +146,7 @@ def test_flex_attention_sees_what_our_mask_lets_through():
 def test_tables_name_the_rows_that_they_compare(monkeypatch):
     monkeypatch.setattr(gpu_attention, "has_gpu", lambda: True)
     monkeypatch.setattr(gpu_attention, "visible_pairs", lambda kind, length: 100)
+    monkeypatch.setattr(gpu_linear, "has_peer", lambda: True)
     shape = workloads.Shape(mask_length=64)
     for table in comparisons.tables(shape, list(comparisons.MEASURES), peers=True):
         names = [row.name for row in table.rows]
@@ -131,8 +156,8 @@ def test_tables_name_the_rows_that_they_compare(monkeypatch):
 
 def test_without_a_gpu_its_table_says_so(monkeypatch):
     monkeypatch.setattr(gpu_attention, "has_gpu", lambda: False)
-    (table,) = comparisons.tables(TINY, ["gpu"], peers=True)
-    assert "not measured" in comparisons.describe(table, {}, 0.1)
+    for table in comparisons.tables(TINY, ["gpu", "gpu_linear"], peers=True):
+        assert "not measured" in comparisons.describe(table, {}, 0.1)
 
 
 def test_a_share_of_the_work_is_set_against_the_time():
