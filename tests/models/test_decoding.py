@@ -72,7 +72,8 @@ def test_cached_decoding_equals_the_forward_pass(streams, transform, layer_loop)
 
 # Of window=4, so that its cache wraps around in the prefill and again in decoding.
 PATTERNS = [
-    ("gated_delta_net", "window", "mlstm_exp"),
+    ("retention", "window"),
+    pytest.param(("gated_delta_net", "window", "mlstm_exp"), marks=pytest.mark.slow),
     *(pytest.param((mixer,), marks=pytest.mark.slow) for mixer in MIXERS),
 ]
 
