@@ -1,10 +1,11 @@
 """The kernel of the outputs: for each token a sum over the tokens of its chunk, and the states.
 
-    o_i = sum_s f_si (q_i S_s^T) + scale sum_j exp(a_i - b_j) (q_i k_j + c) v_j
+    o_i = sum_s f_si (q_i S_s^T) + sum_j w_ij v_j,   w_ij = scale exp(a_i - b_j) (q_i k_j + c)
 
 over j up to i, or, if `reverse`, from i on, with exp(b_j - a_i), so that the same kernel computes
 outputs and gradients of queries, keys and values. A program has 64 tokens i and goes through the
-tiles of their chunk, so that no chunk is too long for it.
+tiles of their chunk, so that no chunk is too long for it. Where each dimension of a key has its own
+decay, w is given.
 """
 
 from typing import NamedTuple
@@ -17,30 +18,34 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.linear import gpu_tiles as tiles
-from pallas_kernels.linear.gpu_tiles import ROWS, Vectors
+from pallas_kernels.linear.gpu_tiles import ROWS, SHARED_MEMORY, Vectors
 
 
 class OutputInputs(NamedTuple):
     """Arrays with padded axes; b runs over N and P.
 
     Attributes:
-      q, k: `[b, T, K or H, x]`; v: `[b, T, K or H, y]`.
+      q, k: `[b, T, K or H, x]`; v: `[b, T, K or H, y]`. Without k, `weights` are given.
       own: of tokens i: "high" and "low" of a, perhaps "document", "bias" (c, for each i), and for
         each state its factor, "state" and "restart". With "before" and "floor" the output is
-        divided by max(|before + sum of the factors of v|, floor).
+        divided by max(|before + sum of w|, floor).
       other: of tokens j: "high", "low", perhaps "document" and "bias".
       states: "state" `[b, H n, y, x]` and "restart" `[P, H, y, x]`, none, one or both; with the
         last axes swapped if `call` is told so.
       against: `[b, T, K or H, y]`, whose products with o_i are wanted; or None.
+      weights: w, for each later token of a pair by the place of the earlier one in their chunk.
+      q_restart: q for the state "restart", if it is another one.
     """
 
     q: Float[Array, "b T K x"]
-    k: Float[Array, "b T K x"]
+    k: Float[Array, "b T K x"] | None
     v: Float[Array, "b T K y"]
-    own: Vectors
-    other: Vectors
+    own: Vectors | None
+    other: Vectors | None
     states: dict[str, Array]
     against: Float[Array, "b T K y"] | None = None
+    weights: Float[Array, "b T H C"] | None = None
+    q_restart: Float[Array, "b T H x"] | None = None
 
 
 def call(
@@ -48,29 +53,59 @@ def call(
     heads: int,
     chunk: int,
     scale: float,
-    memory: int,
     reverse: bool = False,
     swapped: bool = False,
 ):
-    """The outputs, by name: "out", `[b, T, H, y]` in the type of q; and float32 `[b, H, T]`: "sums",
-    what outputs are divided by but for `floor`, or, with `against`, its products with q_i S_s^T, by
-    the name of the state, and with o_i, "against".
+    """The outputs, by name: "out", `[b, T, H, y]` in the type of q; float32 `[b, H, T]`
+    "sums", what outputs are divided by but for `floor`, or, with `against`, its products with
+    q_i S_s^T, by the name of the state, and with o_i, "against".
 
     Args:
       heads: H.
       chunk: tokens in a chunk.
-      memory: bytes of shared memory of a program.
       swapped: states are `[.., x, y]`.
     """
     (b, T, _, x), y = inputs.q.shape, inputs.v.shape[-1]
     width = y if y <= 192 else 128
     parts, per, dtype, H = y // width, chunk // ROWS, inputs.q.dtype, heads
-    others = len(inputs.states) * x * width + (1 + (inputs.against is not None)) * ROWS * width
-    fixed = 2 * (ROWS * x + others) + 4096
-    stages = min(2, per, (memory - fixed) // (2 * ROWS * (x + width) + 1024))
-    own_names, other_names = inputs.own.names, inputs.other.names
+    own_names, other_names = tiles.names_of(inputs.own), tiles.names_of(inputs.other)
     results = [*inputs.states, "against"] if inputs.against is not None else []
     results += ["sums"] if "floor" in own_names else []
+
+    fixed = {
+        "q": tiles.shared((ROWS, x), dtype),
+        **{
+            name: tiles.shared((x, width) if swapped else (width, x), dtype)
+            for name in inputs.states
+        },
+    }
+    if own_names:
+        fixed["own"] = plgpu.SMEM((len(own_names), ROWS), jnp.float32)
+    if inputs.q_restart is not None:
+        fixed["q_restart"] = tiles.shared((ROWS, x), dtype)
+    if inputs.against is not None:
+        fixed["against"] = tiles.shared((ROWS, width), dtype)
+    copied = len(fixed)
+    # Where it can, the output takes the place of what its program no longer needs.
+    target = "against" if inputs.against is not None else "q" if x == width else "out"
+    if target == "out":
+        fixed["out"] = tiles.shared((ROWS, width), dtype)
+    if results:
+        fixed["vectors"] = plgpu.SMEM((len(results), ROWS), jnp.float32)
+
+    def ring(stages):
+        memory = {"v": tiles.shared((stages, ROWS, width), dtype)}
+        if inputs.k is None:
+            memory["weights"] = tiles.shared((stages, ROWS, ROWS), dtype)
+        else:
+            memory["k"] = tiles.shared((stages, ROWS, x), dtype)
+            memory["other"] = plgpu.SMEM((stages, len(other_names), ROWS), jnp.float32)
+        return memory
+
+    # Two programs on a multiprocessor hide each other's waits better than a second stage would.
+    stages = tiles.most_stages(SHARED_MEMORY // 2, fixed, ring(1), min(2, per))
+    if stages < 1:
+        stages = tiles.most_stages(SHARED_MEMORY, fixed, ring(1), min(2, per))
 
     def program(operands, outs, memory):
         batch, unit, i = (lax.axis_index(name) for name in ("batch", "head", "block"))
@@ -83,15 +118,23 @@ def call(
 
         def copies(step):
             j = i + step if reverse else i - step
-            yield "k", tokens(operands.k, tiles.ds(j * ROWS))
             yield "v", tokens(operands.v, tiles.ds(j * ROWS), columns)
-            yield "other", operands.other.array.at[batch, head, :, tiles.ds(j * ROWS)]
+            if operands.k is not None:
+                yield "k", tokens(operands.k, tiles.ds(j * ROWS))
+                yield "other", operands.other.array.at[batch, head, :, tiles.ds(j * ROWS)]
+            else:
+                later, earlier = (j, i) if reverse else (i, j)
+                place = tiles.ds(lax.rem(earlier, per) * ROWS)
+                yield "weights", operands.weights.at[batch, tiles.ds(later * ROWS), head, place]
 
         def copy_own(name, source):
             plgpu.copy_gmem_to_smem(source, memory[name], memory["fetched"])
 
         copy_own("q", tokens(operands.q, mine))
-        copy_own("own", operands.own.array.at[batch, head, :, mine])
+        if own_names:
+            copy_own("own", operands.own.array.at[batch, head, :, mine])
+        if operands.q_restart is not None:
+            copy_own("q_restart", tokens(operands.q_restart, mine))
         for name, array in operands.states.items():
             at = (
                 (batch, head * (T // chunk) + c)
@@ -102,8 +145,8 @@ def call(
         if operands.against is not None:
             copy_own("against", tokens(operands.against, mine, columns))
         steps = per - place if reverse else place + 1
-        ring = tiles.Ring(memory, copies, steps)
-        ring.start()
+        visits = tiles.Ring(memory, copies, steps)
+        visits.start()
         plgpu.barrier_wait(memory["fetched"])
 
         def own(name, shape=None):
@@ -117,22 +160,24 @@ def call(
         for name in operands.states:
             matrix = memory[name] if swapped else tiles.turned(memory[name])
             zero = tiles.filled((ROWS, width), 0.0, tiles.MATRIX)
-            found = tiles.multiply(zero, (memory["q"], matrix))
+            is_other = name == "restart" and inputs.q_restart is not None
+            q = memory["q_restart" if is_other else "q"]
+            found = tiles.multiply(zero, (q, matrix))
             if operands.against is not None:
                 keep_vector(name, jnp.sum(found * tiles.loaded(memory["against"]), 1))
-            out = out + found * own(name, found.shape)
+            out = out + (found * own(name, found.shape) if name in own_names else found)
 
         def factors(step, is_first):
-            """Of the v of a tile."""
+            """Of the v of a tile, float32."""
 
             def other(name):
-                vector = ring.at("other", step).at[other_names.index(name)]
+                vector = visits.at("other", step).at[other_names.index(name)]
                 vector = tiles.laid_out(vector[...], tiles.PER_COLUMN)
                 return tiles.spread(vector, shape, 1)
 
             shape = (ROWS, ROWS)
             zero = tiles.filled(shape, 0.0, tiles.MATRIX)
-            raw = tiles.multiply(zero, (memory["q"], tiles.turned(ring.at("k", step))))
+            raw = tiles.multiply(zero, (memory["q"], tiles.turned(visits.at("k", step))))
             if "bias" in own_names:
                 raw = raw + own("bias", shape)
             if "bias" in other_names:
@@ -151,24 +196,28 @@ def call(
 
         def add(step, is_first, carry):
             out, sums = carry
-            ring.wait(step)
+            visits.wait(step)
+            if inputs.weights is not None:
+                weights = visits.at("weights", step)
+                pair = (tiles.turned(weights) if reverse else weights, visits.at("v", step))
+                return tiles.multiply(out, pair), sums
             weights = factors(step, is_first)
             if sums is not None:
                 sums = sums + jnp.sum(weights, 1)
-            out = tiles.multiply(out, (weights.astype(dtype), ring.at("v", step)))
+            out = tiles.multiply(out, (weights.astype(dtype), visits.at("v", step)))
             return out, sums
 
         def later(step, carry):
             carry = add(step, False, carry)
             plgpu.commit_smem()
-            ring.refill(step)
+            visits.refill(step)
             return carry
 
         sums = own("before") if "floor" in own_names else None
         carry = add(0, True, (out, sums))
         if per > 1:
             plgpu.commit_smem()
-            ring.refill(0)
+            visits.refill(0)
             carry = lax.fori_loop(1, steps, later, carry)
         out, sums = carry
         if sums is not None:
@@ -176,33 +225,24 @@ def call(
             out = out / tiles.spread(jnp.maximum(jnp.abs(sums), own("floor")), out.shape, 0)
         if operands.against is not None:
             keep_vector("against", jnp.sum(out * tiles.loaded(memory["against"]), 1))
-        memory["out"][...] = out.astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(memory["out"], outs["out"].at[batch, mine, head, columns])
+        memory[target][...] = out.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(memory[target], outs["out"].at[batch, mine, head, columns])
         if results:
             plgpu.copy_smem_to_gmem(memory["vectors"], outs["vectors"].at[batch, unit, :, mine])
         plgpu.wait_smem_to_gmem(0)
 
     shapes = {"out": jax.ShapeDtypeStruct((b, T, H, y), dtype)}
-    state = (x, width) if swapped else (width, x)
     scratch = {
-        "q": tiles.shared((ROWS, x), dtype),
-        "own": plgpu.SMEM((len(own_names), ROWS), jnp.float32),
-        "k": tiles.shared((stages, ROWS, x), dtype),
-        "v": tiles.shared((stages, ROWS, width), dtype),
-        "other": plgpu.SMEM((stages, len(other_names), ROWS), jnp.float32),
-        "out": tiles.shared((ROWS, width), dtype),
-        "ready": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-        **{name: tiles.shared(state, dtype) for name in inputs.states},
+        **fixed,
+        **ring(stages),
+        "fetched": plgpu.Barrier(num_arrivals=copied),
+        "ready": plgpu.Barrier(num_arrivals=len(ring(1)), num_barriers=stages),
     }
     if results:
         vector_shape = (b, H * parts, len(results), T)
         shapes["vectors"] = jax.ShapeDtypeStruct(vector_shape, jnp.float32)
-        scratch["vectors"] = plgpu.SMEM((len(results), ROWS), jnp.float32)
-    if inputs.against is not None:
-        scratch["against"] = tiles.shared((ROWS, width), dtype)
-    copies = 2 + len(inputs.states) + (inputs.against is not None)
-    scratch["fetched"] = plgpu.Barrier(num_arrivals=copies)
     made = tiles.run("linear_outputs", program, shapes, scratch, (b, H * parts, T // ROWS), inputs)
     named = {"out": made["out"]}
     if results:

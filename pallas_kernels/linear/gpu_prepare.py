@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.linear.gates import Exact, in_chunks, make_rows
+from pallas_kernels.linear.gates import Exact, Rows, in_chunks, make_rows
+from pallas_kernels.linear.gpu_layout import from_chunks
 from pallas_kernels.linear.inverse import unit_lower_inverse
 from pallas_kernels.linear.options import Inputs, Options
 from pallas_kernels.linear.states import initial_state, restart_state
@@ -147,22 +148,33 @@ def _normalizers(options, inputs, rows, leave):
 
 
 def _solve(options, inputs, rows, enter):
-    """(I + A)^-1 of what tokens write, and of what they find of the state (arXiv 2406.06484)."""
-    C, (H, K) = options.chunk, (inputs.v.shape[3], inputs.k.shape[3])
-    k, v = (jnp.moveaxis(in_chunks(x, C), 3, 4) for x in inputs[1:3])
-    spread = lambda x: jnp.repeat(x, H // K, axis=3)
-    overlap, k = spread(k @ k.mT), spread(k)
-    below = jnp.tri(C, k=-1, dtype=bool)
+    H, K = inputs.v.shape[3], inputs.k.shape[3]
+    k = jnp.moveaxis(in_chunks(inputs.k, options.chunk), 3, 4)
+    of_heads = lambda x: jnp.repeat(x, H // K, axis=3)
+    overlap, k = of_heads(k @ k.mT), of_heads(k)
+    seen = jnp.tri(options.chunk, dtype=bool)
     if rows.documents is not None:
-        below &= rows.documents[..., :, None] == rows.documents[..., None, :]
+        seen &= rows.documents[..., :, None] == rows.documents[..., None, :]
     if rows.total is not None:
         fade = rows.total[..., :, None] - rows.total[..., None, :]
-        overlap = overlap * jnp.exp(jnp.where(below, fade, 0.0))
-    inverse = unit_lower_inverse(jnp.where(below, overlap, 0.0) * rows.weight[..., None])
-    written = v * rows.weight[..., None]
-    if rows.restart is not None:
-        factor = (rows.restart * rows.weight)[..., None]
-        written = written - (factor * k) @ restart_state(options, inputs).matrix
-    found = -(enter * rows.weight)[..., None] * k
-    flat = lambda x: jnp.moveaxis(x, (0, 4), (2, 3)).reshape(-1, x.shape[0] * C, H, x.shape[-1])
-    return flat(inverse @ written), flat(inverse @ found)
+        overlap = overlap * jnp.exp(jnp.where(seen, fade, 0.0))
+    restarting = None if rows.restart is None else rows.restart[..., None] * k
+    return solve(
+        options, inputs, rows, jnp.where(seen, overlap, 0.0), enter[..., None] * k, restarting
+    )
+
+
+def solve(options: Options, inputs: Inputs, rows: Rows, overlap, entering, restarting):
+    """`Prepared.written` and `Prepared.found`, by (I + A)^-1 (arXiv 2406.06484).
+
+    Args:
+      overlap: `[n, N, P, H, C, C]`, products of keys that see each other, with their decay.
+      entering, restarting: `[n, N, P, H, C, hk]`, keys by what they find of the state before the
+        chunk, and of the one that documents start from (or None).
+    """
+    weight = rows.weight[..., None]
+    inverse = unit_lower_inverse(jnp.tril(overlap, -1) * weight)
+    written = weight * jnp.moveaxis(in_chunks(inputs.v, options.chunk), 3, 4)
+    if restarting is not None:
+        written = written - weight * restarting @ restart_state(options, inputs).matrix
+    return from_chunks(inverse @ written), from_chunks(-inverse @ (weight * entering))

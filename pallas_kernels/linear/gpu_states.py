@@ -17,7 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.linear import gpu_tiles as tiles
-from pallas_kernels.linear.gpu_tiles import ROWS, Vectors
+from pallas_kernels.linear.gpu_tiles import ROWS, SHARED_MEMORY, Vectors
+
+MAX_STAGES = 4
 
 
 class StateInputs(NamedTuple):
@@ -35,7 +37,7 @@ class StateInputs(NamedTuple):
 
     keys: Float[Array, "b T K hk"]
     values: Float[Array, "b T H hv"]
-    factors: Vectors
+    factors: Vectors | None
     keep: Float[Array, "b Hn hk"]
     start: Float[Array, "b Hhv hk"] | None = None
     again: tuple[Array, Array] | None = None
@@ -43,19 +45,47 @@ class StateInputs(NamedTuple):
     more: tuple[Array, Array] | None = None
 
 
-def call(inputs: StateInputs, streams: int, reverse: bool, stages: int):
+def call(inputs: StateInputs, streams: int, reverse: bool = False):
     """The states before each chunk (after it, if `reverse`) in the type of `values`, `[b, H n, hv,
     hk]`, the last one in float32 `[b, H hv, hk]`, and with `solve` X, like `values`.
 
     Args:
       streams: P.
       reverse: from the last chunk to the first.
-      stages: tiles of tokens that are in memory at a time.
     """
     (b, T, H, hv), hk = inputs.values.shape, inputs.keys.shape[-1]
     dtype, n = inputs.values.dtype, inputs.keep.shape[1] // H
     per = T // (n * ROWS)
+    names = tiles.names_of(inputs.factors)
     solves, adds = inputs.solve is not None, inputs.more is not None
+
+    fixed = {
+        "S": tiles.shared((ROWS, hk), dtype),
+        "written": tiles.shared((2, ROWS, ROWS), dtype),
+    }
+    if solves:
+        fixed["X"] = tiles.shared((ROWS, ROWS), dtype)
+    if adds:
+        fixed["more"] = tiles.shared((2, ROWS, ROWS), dtype)
+
+    def ring(stages):
+        memory = {
+            "keys": tiles.shared((stages, ROWS, hk), dtype),
+            "values": tiles.shared((stages, ROWS, ROWS), dtype),
+            "keep": plgpu.SMEM((stages, hk), jnp.float32),
+        }
+        if names:
+            memory["factors"] = plgpu.SMEM((stages, len(names), ROWS), jnp.float32)
+        if solves:
+            memory["solve"] = tiles.shared((stages, ROWS, hk), dtype)
+        if adds:
+            memory["more_keys"] = tiles.shared((stages, ROWS, hk), dtype)
+            memory["more_values"] = tiles.shared((stages, ROWS, ROWS), dtype)
+        if inputs.again is not None:
+            memory["again_factor"] = plgpu.SMEM((stages, hk), jnp.float32)
+        return memory
+
+    stages = tiles.most_stages(SHARED_MEMORY, fixed, ring(1), MAX_STAGES)
 
     def entry(x, batch):
         return batch if x.shape[0] == b else lax.rem(batch, streams)
@@ -74,7 +104,8 @@ def call(inputs: StateInputs, streams: int, reverse: bool, stages: int):
             value = lambda x: x.at[batch, rows, head, tiles.ds(part * ROWS)]
             yield "keys", key(operands.keys)
             yield "values", value(operands.values)
-            yield "factors", operands.factors.array.at[batch, head, :, rows]
+            if names:
+                yield "factors", operands.factors.array.at[batch, head, :, rows]
             yield "keep", operands.keep.at[batch, chunk]
             if solves:
                 yield "solve", key(operands.solve)
@@ -84,8 +115,8 @@ def call(inputs: StateInputs, streams: int, reverse: bool, stages: int):
             if operands.again is not None:
                 yield "again_factor", operands.again[0].at[batch, chunk]
 
-        ring = tiles.Ring(memory, copies, n * per)
-        ring.start()
+        visits = tiles.Ring(memory, copies, n * per)
+        visits.start()
 
         def fetched(x):
             return tiles.fetched(x.at[entry(x, batch), place])
@@ -97,7 +128,7 @@ def call(inputs: StateInputs, streams: int, reverse: bool, stages: int):
 
         def chunk(c, S):
             step = c * per
-            ring.wait(step)
+            visits.wait(step)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             memory["S"][...] = S.astype(dtype)
             plgpu.commit_smem()
@@ -105,7 +136,7 @@ def call(inputs: StateInputs, streams: int, reverse: bool, stages: int):
             plgpu.copy_smem_to_gmem(
                 memory["S"], outs["states"].at[batch, index, tiles.ds(part * ROWS)]
             )
-            column = lambda name: tiles.laid_out(ring.at(name, step)[...], tiles.PER_COLUMN)
+            column = lambda name: tiles.laid_out(visits.at(name, step)[...], tiles.PER_COLUMN)
             S = S * tiles.spread(column("keep"), S.shape, 1)
             if operands.again is not None:
                 factor = tiles.spread(column("again_factor"), S.shape, 1)
@@ -114,34 +145,33 @@ def call(inputs: StateInputs, streams: int, reverse: bool, stages: int):
             return lax.fori_loop(step + 1, step + per, tile_after, S) if per > 1 else S
 
         def tile_after(step, S):
-            ring.wait(step)
+            visits.wait(step)
             return tile(step, S)
 
         def tile(step, S):
-            def factor(name):
-                row = ring.at("factors", step).at[inputs.factors.names.index(name)]
-                row = tiles.laid_out(row[...], tiles.PER_ROW)
-                return tiles.spread(row, (ROWS, ROWS), 0)
+            def times(x, name):
+                """x, or x times the factor of that name, if there is one."""
+                if name not in names:
+                    return x
+                row = visits.at("factors", step).at[names.index(name)]
+                return x * tiles.spread(tiles.laid_out(row[...], tiles.PER_ROW), x.shape, 0)
 
-            x = tiles.loaded(ring.at("values", step))
+            x = tiles.loaded(visits.at("values", step))
             if solves:
                 zero = tiles.filled((ROWS, ROWS), 0.0, tiles.MATRIX)
-                found = tiles.multiply(zero, (ring.at("solve", step), tiles.turned(memory["S"])))
-                x = x + (found * factor("solved") if "solved" in inputs.factors.names else found)
+                found = tiles.multiply(zero, (visits.at("solve", step), tiles.turned(memory["S"])))
+                x = x + times(found, "solved")
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 memory["X"][...] = x.astype(dtype)
-            if "written" in inputs.factors.names:
-                x = x * factor("written")
             # In turns: another warp may still multiply what was written a step ago.
             written = memory["written"].at[lax.rem(step, 2)]
-            written[...] = x.astype(dtype)
-            pairs = [(tiles.turned(written), ring.at("keys", step))]
+            written[...] = times(x, "written").astype(dtype)
+            pairs = [(tiles.turned(written), visits.at("keys", step))]
             if adds:
                 more = memory["more"].at[lax.rem(step, 2)]
-                more[...] = (tiles.loaded(ring.at("more_values", step)) * factor("more")).astype(
-                    dtype
-                )
-                pairs.append((tiles.turned(more), ring.at("more_keys", step)))
+                values = tiles.loaded(visits.at("more_values", step))
+                more[...] = times(values, "more").astype(dtype)
+                pairs.append((tiles.turned(more), visits.at("more_keys", step)))
             plgpu.commit_smem()
             if solves:
                 rows = tiles.ds(in_time(step, n * per) * ROWS)
@@ -149,11 +179,11 @@ def call(inputs: StateInputs, streams: int, reverse: bool, stages: int):
                 plgpu.copy_smem_to_gmem(memory["X"], target)
             if stages > 1:
                 # All threads have met since the last step's products, which are done.
-                pl.when(step > 0)(lambda: ring.refill(step - 1))
+                pl.when(step > 0)(lambda: visits.refill(step - 1))
             S = tiles.multiply(S, *pairs)
             if stages == 1:
                 plgpu.commit_smem()
-                ring.refill(step)
+                visits.refill(step)
             return S
 
         outs["end"].at[batch, place][...] = lax.fori_loop(0, n, chunk, S)
@@ -163,28 +193,8 @@ def call(inputs: StateInputs, streams: int, reverse: bool, stages: int):
         "states": jax.ShapeDtypeStruct((b, H * n, hv, hk), dtype),
         "end": jax.ShapeDtypeStruct((b, H * hv, hk), jnp.float32),
     }
-    count = len(inputs.factors.names)
-    scratch = {
-        "keys": tiles.shared((stages, ROWS, hk), dtype),
-        "values": tiles.shared((stages, ROWS, ROWS), dtype),
-        "factors": plgpu.SMEM((stages, count, ROWS), jnp.float32),
-        "keep": plgpu.SMEM((stages, hk), jnp.float32),
-        "S": tiles.shared((ROWS, hk), dtype),
-        "written": tiles.shared((2, ROWS, ROWS), dtype),
-    }
-    copies = 4
     if solves:
         shapes["X"] = jax.ShapeDtypeStruct(inputs.values.shape, dtype)
-        scratch["solve"] = tiles.shared((stages, ROWS, hk), dtype)
-        scratch["X"] = tiles.shared((ROWS, ROWS), dtype)
-        copies += 1
-    if adds:
-        scratch["more_keys"] = tiles.shared((stages, ROWS, hk), dtype)
-        scratch["more_values"] = tiles.shared((stages, ROWS, ROWS), dtype)
-        scratch["more"] = tiles.shared((2, ROWS, ROWS), dtype)
-        copies += 2
-    if inputs.again is not None:
-        scratch["again_factor"] = plgpu.SMEM((stages, hk), jnp.float32)
-        copies += 1
-    scratch["ready"] = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
+    scratch = {**fixed, **ring(stages)}
+    scratch["ready"] = plgpu.Barrier(num_arrivals=len(ring(1)), num_barriers=stages)
     return tiles.run("linear_states", program, shapes, scratch, (b, H, hv // ROWS), inputs)

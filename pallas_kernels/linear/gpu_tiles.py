@@ -5,6 +5,7 @@ their use: several programs run on a multiprocessor at once.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ __all__ = [
     "shared",
     "spread",
 ]
+
+SHARED_MEMORY = 222 * 1024  # bytes of one program for tiles; Hopper has 227 KiB
 
 
 def ds(first):
@@ -99,10 +102,14 @@ class Vectors:
     array: Float[Array, "b H names T"]
 
 
-def vectors(**named: Float[Array, "b H T"] | None) -> Vectors:
-    """`Vectors` of those that are not None."""
+def vectors(**named: Float[Array, "b H T"] | None) -> Vectors | None:
+    """`Vectors` of those that are not None; None if all are."""
     named = {name: x for name, x in named.items() if x is not None}
-    return Vectors(tuple(named), jnp.stack(list(named.values()), 2))
+    return Vectors(tuple(named), jnp.stack(list(named.values()), 2)) if named else None
+
+
+def names_of(x: Vectors | None) -> tuple[str, ...]:
+    return () if x is None else x.names
 
 
 def run(name, body, outs, scratch, grid, operands):
@@ -138,6 +145,17 @@ def run(name, body, outs, scratch, grid, operands):
         interpret=dispatch.interpret(),
     )
     return dict(zip(outs, call(operands), strict=True))
+
+
+def most_stages(memory: int, fixed: dict, ring: dict, limit: int) -> int:
+    """How many stages of `ring` fit in `memory` bytes beside `fixed`, at most `limit`.
+
+    Args:
+      fixed, ring: shared memory by name; `ring` of one stage.
+    """
+    size = lambda parts: sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in parts)
+    each, rest = size(ring.values()), memory - size(fixed.values())
+    return min(limit, rest // each)
 
 
 class Ring:
