@@ -6,9 +6,9 @@
 A row of 256 tokens shows 32 pairs of a key and a value, drawn from 128 keys and 64 values, and then
 every pair three times more, in other orders; what counts is the share of the values that are
 predicted when their keys come again. Naming any value of the row is right 3 % of the time. A model
-has two layers of width 64 and two heads of 32, whose keys in recurrent mixers have 64 dimensions. It
-trains with AdamW and a cosine schedule on rows that begin easy: of documents of 1 pair, then 2, 4,
-..., 32. The task is that of arXiv 2312.04927 with fewer keys and values.
+has two layers of width 64 and two heads of 32; in recurrent mixers their keys have 64 dimensions.
+It trains with AdamW and a cosine schedule on rows that begin easy: of documents of 1 pair, then 2,
+4, ..., 32. The task is that of arXiv 2312.04927 with fewer keys and values.
 
 Prints a table: mixer, accuracy of each seed and their mean, time of a run. Ctrl-C and SIGTERM end
 with the table of what was finished.
