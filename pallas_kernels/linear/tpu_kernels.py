@@ -140,14 +140,14 @@ def _forward_kernel(layout, names, refs):
             begin, end = refs.get(f"initial_{part}"), refs[f"end_{part}"]
             end[...] = jnp.zeros(end.shape, end.dtype) if begin is None else begin[...]
 
-    for head in range(layout.heads):
-        state, again = _state(refs, "end", head), _state(refs, "restart", head)
-        _put_state(refs, "starts", head, state)
-        for index in range(layout.chunk // layout.tile):
-            tokens, gates, fixed = _load(layout, names, refs, head, index)
-            out, state = tile(layout.form, fixed, tokens, *gates, state, again)
-            _put(refs["out"], _tokens(layout, index), _lanes(head, layout.hv), out)
-        _put_state(refs, "end", head, state)
+    function = _tile_of_heads(layout)
+    state, again = _states(refs, "end"), _states(refs, "restart")
+    _put_states(refs, "starts", state)
+    for index in range(layout.chunk // layout.tile):
+        tokens, gates, fixed = _load(layout, names, refs, index)
+        out, state = function(fixed, tokens, *gates, state, again)
+        _put(refs["out"], layout, index, out)
+    _put_states(refs, "end", state)
 
 
 def _backward_kernel(layout, names, refs):
@@ -160,98 +160,103 @@ def _backward_kernel(layout, names, refs):
                 ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
     tiles = range(layout.chunk // layout.tile)
-    shared = layout.heads // layout.key_heads
-    sums = {}
-    for head in range(layout.heads):
-        state, again = _state(refs, "starts", head), _state(refs, "restart", head)
-        pulls = []
-        for index in tiles:
-            tokens, gates, fixed = _load(layout, names, refs, head, index)
-            function = functools.partial(tile, layout.form, fixed)
-            (_, state), pull = jax.vjp(function, tokens, *gates, state, again)
-            pulls.append(pull)
-        dstate, dagain = _state(refs, "d_initial", head), _state(refs, "d_restart", head)
-        for index in reversed(tiles):
-            at = _tokens(layout, index)
-            dout = refs["dout"][at, _lanes(head, layout.hv)].astype(jnp.float32)
-            dtokens, dcolumns, drows, dstate, more = pulls[index]((dout, dstate))
-            dagain = jax.tree.map(jnp.add, dagain, more)
-            _put(refs["d_v"], at, _lanes(head, layout.hv), dtokens.v)
-            if "d_decay" in refs:
-                _put(refs["d_decay"], at, _lanes(head, layout.hk), dtokens.decay)
-            for i, name in enumerate(names.get("columns", ())):
-                _put(refs["d_columns"], at, _lanes(i * layout.heads + head, 1), dcolumns[name])
-            for i, name in enumerate(names.get("rows", ())):
-                line = _lanes(i * layout.heads + head, 1)
-                refs["d_rows"][index, line, :] = drows[name]
-            pair = (dtokens.q, dtokens.k)
-            if head % shared:
-                pair = jax.tree.map(jnp.add, pair, sums[index])
-            sums[index] = pair
-            if head % shared == shared - 1:
-                lanes = _lanes(head // shared, layout.hk)
-                _put(refs["d_q"], at, lanes, pair[0])
-                _put(refs["d_k"], at, lanes, pair[1])
-        _put_state(refs, "d_initial", head, dstate)
-        _put_state(refs, "d_restart", head, dagain)
+    state, again = _states(refs, "starts"), _states(refs, "restart")
+    pulls = []
+    for index in tiles:
+        tokens, gates, fixed = _load(layout, names, refs, index)
+        take = functools.partial(_tile_of_heads(layout), fixed)
+        (_, state), pull = jax.vjp(take, tokens, *gates, state, again)
+        pulls.append(pull)
+    dstate, dagain = _states(refs, "d_initial"), _states(refs, "d_restart")
+    for index in reversed(tiles):
+        dout = _take(refs["dout"], layout, index, layout.heads)
+        dtokens, dcolumns, drows, dstate, more = pulls[index]((dout, dstate))
+        dagain = jax.tree.map(jnp.add, dagain, more)
+        for name in ("q", "k"):
+            x = getattr(dtokens, name)
+            x = x.reshape(layout.key_heads, -1, *x.shape[1:])
+            _put(refs[f"d_{name}"], layout, index, jnp.sum(x, 1))
+        _put(refs["d_v"], layout, index, dtokens.v)
+        if "d_decay" in refs:
+            _put(refs["d_decay"], layout, index, dtokens.decay)
+        if dcolumns:
+            parts = jnp.concatenate([dcolumns[name] for name in names["columns"]], 0)
+            _put(refs["d_columns"], layout, index, parts)
+        for i, name in enumerate(names.get("rows", ())):
+            for head in range(layout.heads):
+                line = i * layout.heads + head
+                refs["d_rows"][index, line : line + 1] = drows[name][head]
+    _put_states(refs, "d_initial", dstate)
+    _put_states(refs, "d_restart", dagain)
 
 
-def _load(layout, names, refs, head, index):
-    """A tile of a head: `Tokens`, the gates with gradients, those without."""
-    at = _tokens(layout, index)
+def _tile_of_heads(layout):
+    # Operation by operation for all heads, so that those of one do not wait for each other.
+    return jax.vmap(functools.partial(tile, layout.form))
 
-    def take(name, head, h):
-        ref = refs.get(name)
-        return None if ref is None else ref[at, _lanes(head, h)].astype(jnp.float32)
 
-    key_head = head * layout.key_heads // layout.heads
-    tokens = Tokens(
-        take("q", key_head, layout.hk),
-        take("k", key_head, layout.hk),
-        take("v", head, layout.hv),
-        take("decay", head, layout.hk),
-    )
+def _load(layout, names, refs, index):
+    """A tile of all heads: `Tokens`, the gates with gradients, those without."""
+    heads = layout.heads
+
+    def tokens(name, count):
+        if name not in refs:
+            return None
+        x = _take(refs[name], layout, index, count)
+        return x if count == heads else jnp.repeat(x, heads // count, 0)
 
     def columns(operand):
-        return {
-            name: take(operand, i * layout.heads + head, 1)
-            for i, name in enumerate(names.get(operand, ()))
-        }
+        if operand not in names:
+            return {}
+        x = _take(refs[operand], layout, index, len(names[operand]) * heads)
+        return {name: x[i * heads : (i + 1) * heads] for i, name in enumerate(names[operand])}
 
     def rows(operand):
         return {
-            name: refs[operand][index, _lanes(i * layout.heads + head, 1), :]
+            name: refs[operand][index, i * heads : (i + 1) * heads][:, None]
             for i, name in enumerate(names.get(operand, ()))
         }
 
-    gates = columns("columns"), rows("rows")
-    return tokens, gates, (columns("fixed_columns"), rows("fixed_rows"))
+    return (
+        Tokens(
+            tokens("q", layout.key_heads),
+            tokens("k", layout.key_heads),
+            tokens("v", heads),
+            tokens("decay", heads),
+        ),
+        (columns("columns"), rows("rows")),
+        (columns("fixed_columns"), rows("fixed_rows")),
+    )
 
 
 def _parts(layout):
     return ("matrix", "normalizer") if layout.form.normalize else ("matrix",)
 
 
-def _state(refs, name, head):
-    matrix, normalizer = (refs.get(f"{name}_{part}") for part in State._fields)
-    if matrix is None:
+def _states(refs, name):
+    if f"{name}_matrix" not in refs:
         return None
-    return State(matrix[head], None if normalizer is None else normalizer[head])
+    parts = (refs.get(f"{name}_{part}") for part in State._fields)
+    return State(*(None if part is None else part[...] for part in parts))
 
 
-def _put_state(refs, name, head, state):
+def _put_states(refs, name, state):
     for part in State._fields:
         if f"{name}_{part}" in refs:
-            refs[f"{name}_{part}"][head] = getattr(state, part)
+            refs[f"{name}_{part}"][...] = getattr(state, part)
 
 
-def _put(ref, at, lanes, x):
-    ref[at, lanes] = x.astype(ref.dtype)
+def _take(ref, layout, index, count):
+    """A tile of `count` arrays side by side, `[count, C, lanes]`, float32."""
+    width = ref.shape[1] // count
+    tokens = slice(index * layout.tile, (index + 1) * layout.tile)
+    parts = [ref[tokens, i * width : (i + 1) * width] for i in range(count)]
+    return jnp.stack([part.astype(jnp.float32) for part in parts])
 
 
-def _tokens(layout, index):
-    return slice(index * layout.tile, (index + 1) * layout.tile)
-
-
-def _lanes(index, width):
-    return slice(index * width, (index + 1) * width)
+def _put(ref, layout, index, x):
+    """The reverse of `_take`."""
+    width = x.shape[2]
+    tokens = slice(index * layout.tile, (index + 1) * layout.tile)
+    for i in range(x.shape[0]):
+        ref[tokens, i * width : (i + 1) * width] = x[i].astype(ref.dtype)

@@ -14,9 +14,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.linear.gates import Rows
 from pallas_kernels.linear.options import LOWEST, Inputs, NormalizedState, Options
-from pallas_kernels.linear.tpu_tile import Form, State
+from pallas_kernels.linear.tpu_tile import LANES, Form, State
 
-LANES = 128
 TILE = 128
 SHORTEST = 16
 """Tokens of a chunk: whole registers of bfloat16."""
@@ -29,8 +28,8 @@ class Layout(NamedTuple):
       N, P, T, K, H: lengths of these axes of the inputs.
       hk, hv: padded to whole registers.
       chunk, tile: tokens.
-      heads: value heads of a step of the grid; a multiple of the G that share a key head, or a
-        divisor of it.
+      heads: value heads of a step of the grid; a multiple of those that share a key head, or a
+        divisor.
       form: of the recurrence.
     """
 
@@ -60,23 +59,23 @@ class Layout(NamedTuple):
         return self.H // self.heads
 
     @property
-    def G(self) -> int:
+    def shared(self) -> int:
         """Value heads that share a key head."""
         return self.H // self.K
 
     @property
     def key_heads(self) -> int:
         """Of a step of the grid."""
-        return max(1, self.heads // self.G)
+        return max(1, self.heads // self.shared)
 
     def key_group(self, group: Array) -> Array:
         """Which block of key heads serves this group of value heads."""
-        return lax.div(group * self.heads, self.G * self.key_heads)
+        return lax.div(group * self.heads, self.shared * self.key_heads)
 
     @property
     def splits(self) -> int:
         """Groups that share a key head, and each give a part of its gradient."""
-        return max(1, self.G // self.heads)
+        return max(1, self.shared // self.heads)
 
 
 def make_layout(options: Options, inputs: Inputs, chunk: int, heads: int) -> Layout:
@@ -168,7 +167,6 @@ def gates_of(form: Form, rows: Rows) -> Gates:
     rows: of tiles; without sums of log decays if these are made in the kernel.
     """
     columns = {"enter": rows.enter, "leave": rows.leave, "restart": rows.restart}
-    columns["floor"] = rows.floor
     along, fixed = {}, {}
     if form.delta:
         columns["beta"] = rows.weight
@@ -183,8 +181,12 @@ def gates_of(form: Form, rows: Rows) -> Gates:
         columns["low"] = along["low"] = low if exact else high + low
     if rows.documents is not None:
         fixed["document"] = rows.documents.astype(jnp.float32)
+    lanes_only = dict(fixed)
+    if form.normalize:
+        # Of outputs without their scale. It is made of the maximum, which has no gradient.
+        fixed["floor"] = rows.floor / jnp.abs(form.scale)
     columns = {name: x for name, x in columns.items() if x is not None}
-    return Gates(columns, along, fixed, fixed)
+    return Gates(columns, along, fixed, lanes_only)
 
 
 def fold_columns(layout: Layout, columns: dict[str, Array]) -> Float[Array, "b groups T lanes"]:
@@ -212,8 +214,8 @@ def _stack(layout, arrays):
 
 def fold_state(layout: Layout, state: NormalizedState) -> State:
     """Padded; the normalizer with an axis of one sublane."""
-    hk, hv = (big - small for big, small in zip((layout.hk, layout.hv), state.matrix.shape[-2:]))
-    matrix, normalizer = state.matrix, state.normalizer
+    matrix, normalizer, _ = state
+    hk, hv = layout.hk - matrix.shape[-2], layout.hv - matrix.shape[-1]
     lead = [(0, 0)] * (matrix.ndim - 2)
     if hk or hv:
         matrix = jnp.pad(matrix, [*lead, (0, hk), (0, hv)])

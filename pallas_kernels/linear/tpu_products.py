@@ -9,6 +9,14 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.linear.gates import STEPS
 
+LOG_SUBLANES = 3
+SUBLANES = 1 << LOG_SUBLANES
+
+
+def precise(narrow: str) -> str:
+    """What to make a product in whose error in `narrow` would grow."""
+    return "float32" if narrow == "float32" else "split"
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def product(
@@ -57,6 +65,31 @@ product.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp
+def divided(
+    x: Float[Array, "C hv"],
+    total: Float[Array, "C 1"],
+    floor: Float[Array, "C 1"],
+) -> Float[Array, "C hv"]:
+    """x / max(|total|, floor); `floor` counts as constant."""
+    return _divided_forward(x, total, floor)[0]
+
+
+def _divided_forward(x, total, floor):
+    part = 1.0 / jnp.maximum(jnp.abs(total), floor)
+    y = x * part
+    sign = jnp.where(total > floor, 1.0, jnp.where(total < -floor, -1.0, 0.0))
+    return y, (y, part, sign)
+
+
+def _divided_backward(saved, g):
+    y, part, sign = saved
+    return g * part, -jnp.sum(g * y, 1, keepdims=True) * (part * sign), None
+
+
+divided.defvjp(_divided_forward, _divided_backward)
+
+
+@jax.custom_vjp
 def last_row(x: Float[Array, "C n"]) -> Float[Array, "1 n"]:
     return x[-1:]
 
@@ -75,28 +108,52 @@ last_row.defvjp(_last_row_forward, _last_row_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def unit_lower_inverse(narrow: str, a: Float[Array, "C C"]) -> Float[Array, "C C"]:
-    """(I + a)^-1 for strictly lower triangular `a`; C a power of 2.
+    """(I + a)^-1 for strictly lower triangular `a`; C a power of 2, at least 8.
 
-    From the inverse X of the blocks of one size on the diagonal that of blocks twice as large is
-    X - X L X, L the part of `a` between the two halves of each. A sum of powers of `a` would grow
-    beyond float32 with correlated keys.
+    Blocks of 8 on the diagonal by substitution. From the inverse X of blocks of one size that of
+    blocks twice as large is X - X L X, L the part of `a` between the two halves of each: rows of
+    second halves change alone. A sum of powers of `a` would grow beyond float32 with correlated
+    keys.
     """
     C = a.shape[0]
-    precise = _precise(narrow)
+    wide = precise(narrow)
+    inverse = _inverse_of_blocks(wide, a)
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    apart = row ^ column
-    inverse = jnp.where(row == column, 1.0, jnp.where(apart == 1, -a, 0.0))
-    size = 2
+    size = SUBLANES
     while size < C:
-        below = jnp.where((apart >= size) & (apart < 2 * size), a, 0.0)
-        below = product(precise, product(precise, inverse, below, (1, 0)), inverse, (1, 0))
-        inverse = inverse - below
+        pairs = (C // (2 * size), 2 * size, C)
+        apart = (row ^ column).reshape(pairs)[:, size:].reshape(C // 2, C)
+        halves = inverse.reshape(pairs)
+        second = halves[:, size:].reshape(C // 2, C)
+        below = product(wide, second, a, (1, 0))
+        # What stands beside the block is of other pairs of halves.
+        below = jnp.where((apart >= size) & (apart < 2 * size), below, 0.0)
+        second = second - product(wide, below, inverse, (1, 0))
+        second = second.reshape(C // (2 * size), size, C)
+        inverse = jnp.concatenate([halves[:, :size], second], 1).reshape(C, C)
         size *= 2
     return inverse
 
 
-def _precise(narrow):
-    return "float32" if narrow == "float32" else "split"
+def _inverse_of_blocks(wide, a):
+    """The inverse of the blocks of 8 on the diagonal, all at once: one beside the other in a
+    register, where number j of each row of a block is spread over the lanes of the block."""
+    C, count = a.shape[0], a.shape[0] // SUBLANES
+    blocks = a.reshape(count, SUBLANES, C)
+    block, lane = (lax.broadcasted_iota(jnp.int32, blocks.shape, axis) for axis in (0, 2))
+    mine = (lane >> LOG_SUBLANES) == block
+    packed = jnp.sum(jnp.where(mine, blocks, 0.0), 0)
+    row, lane = (lax.broadcasted_iota(jnp.int32, packed.shape, axis) for axis in (0, 1))
+    place = lane & (SUBLANES - 1)
+    numbers = [jnp.where(place == j, packed, 0.0) for j in range(SUBLANES)]
+    one, other = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+    same = ((one ^ other) < SUBLANES).astype(jnp.float32)
+    spread = product(wide, jnp.concatenate(numbers, 0), same, (1, 0))
+    inverse = (row == place).astype(jnp.float32)
+    for j in range(SUBLANES - 1):
+        factor = spread[j * SUBLANES : (j + 1) * SUBLANES]
+        inverse = inverse - factor * inverse[j : j + 1]
+    return jnp.where(mine, inverse[None], 0.0).reshape(C, C)
 
 
 def _inverse_forward(narrow, a):
@@ -105,8 +162,8 @@ def _inverse_forward(narrow, a):
 
 
 def _inverse_backward(narrow, x, g):
-    precise = _precise(narrow)
-    da = product(precise, product(precise, x, g, (0, 0)), x, (1, 1))
+    wide = precise(narrow)
+    da = product(wide, product(wide, x, g, (0, 0)), x, (1, 1))
     row, column = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
     return (jnp.where(row > column, -da, 0.0),)
 
@@ -138,7 +195,7 @@ def _sums_forward(narrow, visible, steps):
 
 
 def _sums_backward(narrow, visible, g):
-    return None, product(_precise(narrow), visible.astype(jnp.float32), g[-1], (0, 0))
+    return None, product(precise(narrow), visible.astype(jnp.float32), g[-1], (0, 0))
 
 
 sums.defvjp(_sums_forward, _sums_backward)

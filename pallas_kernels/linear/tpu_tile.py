@@ -13,12 +13,16 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.linear.tpu_products import (
     decayed_products,
+    divided,
     gap,
     last_row,
+    precise,
     product,
     sums,
     unit_lower_inverse,
 )
+
+LANES = 128
 
 
 class Form(NamedTuple):
@@ -79,7 +83,8 @@ def tile(
     """
     q, k, v, decay = tokens
     columns, rows = {**columns, **fixed[0]}, {**rows, **fixed[1]}
-    dot = functools.partial(product, form.narrow)
+    # What correlated keys write changes sign from token to token: their sums lose digits.
+    dot = functools.partial(product, precise(form.narrow) if form.delta else form.narrow)
     visible = _visible(q.shape[0], columns, rows)
     factors = {name: columns.get(name) for name in ("enter", "leave", "restart")}
     if form.by_key:
@@ -87,7 +92,8 @@ def tile(
         from_start, end = sum(since), [last_row(part) for part in since]
         pairs = lambda x: decayed_products(form.narrow, x, k, since, visible)
         # Tokens of other documents than the last have a factor of 0 besides.
-        to_end = jnp.exp(jnp.minimum(gap(end, since), 0.0))
+        to_end = gap(end, since)
+        to_end = jnp.exp(jnp.where(to_end > 0.0, 0.0, to_end))
         factors = {
             "enter": _times(factors["enter"], jnp.exp(from_start)),
             "leave": _times(factors["leave"], to_end),
@@ -102,14 +108,9 @@ def tile(
     else:
         pairs = lambda x: jnp.where(visible, dot(x, k, (1, 1)), 0.0)
 
-    def found(x):
-        """What `x` finds of the states before."""
-        parts = [(factors["enter"], before)] + [(factors["restart"], again)] * (again is not None)
-        if form.by_key:
-            parts = [dot(x * factor, state.matrix, (1, 0)) for factor, state in parts]
-        else:
-            parts = [_times(factor, dot(x, state.matrix, (1, 0))) for factor, state in parts]
-        return sum(parts)
+    states = [(factors["enter"], before)]
+    if again is not None:
+        states.append((factors["restart"], again))
 
     def kept(name, state):
         """The part of `state` that is left after the tile."""
@@ -122,20 +123,22 @@ def tile(
     if form.delta:
         overlap = jnp.where(_strict(q.shape[0]), pairs(k), 0.0) * columns["beta"]
         inverse = unit_lower_inverse(form.narrow, overlap)
-        v = dot(inverse, columns["beta"] * (v - found(k)), (1, 0))
+        found = _joined(dot, [(_times(f, k), state.matrix) for f, state in states])
+        v = dot(inverse, columns["beta"] * (v - found), (1, 0))
     scores = _times(rows.get("weight"), pairs(q))
-    out = (dot(scores, v, (1, 0)) + found(q)) * form.scale
+    reads = [(_times(f, q), state) for f, state in states]
+    out = _joined(dot, [(scores, v), *((x, state.matrix) for x, state in reads)])
+    if form.normalize:
+        total = _row_sums([scores, *(x * state.normalizer for x, state in reads)])
+        out = divided(out, total, columns["floor"]) * (1.0 if form.scale > 0 else -1.0)
+    else:
+        out = out * form.scale
     leaving = _times(factors["leave"], k)
     after = kept("enter", before)
     matrix = after.matrix + dot(leaving, v, (0, 0))
-    normalizer = None
+    normalizer = after.normalizer
     if form.normalize:
-        total = jnp.sum(scores, 1, keepdims=True)
-        total += _times(factors["enter"], jnp.sum(q * before.normalizer, 1, keepdims=True))
-        if again is not None:
-            total += factors["restart"] * jnp.sum(q * again.normalizer, 1, keepdims=True)
-        out = out / jnp.maximum(jnp.abs(total * form.scale), columns["floor"])
-        normalizer = after.normalizer + jnp.sum(leaving, 0, keepdims=True)
+        normalizer += jnp.sum(leaving, 0, keepdims=True)
     if again is not None:
         rest = kept("restart", again)
         matrix += rest.matrix
@@ -145,6 +148,21 @@ def tile(
 
 def _times(factor, x):
     return x if factor is None or x is None else factor * x
+
+
+def _joined(dot, pairs):
+    """The sum of the products of `pairs`; as one product if all are of whole registers."""
+    if any(x.shape[1] % LANES for x, _ in pairs):
+        return sum(dot(x, y, (1, 0)) for x, y in pairs)
+    left, right = zip(*pairs, strict=True)
+    return dot(jnp.concatenate(left, 1), jnp.concatenate(right, 0), (1, 0))
+
+
+def _row_sums(parts):
+    """Of all `parts` together, `[C, 1]`; those of one width are added before."""
+    widths = {x.shape[1] for x in parts}
+    sums = (sum(x for x in parts if x.shape[1] == width) for width in sorted(widths))
+    return sum(jnp.sum(x, 1, keepdims=True) for x in sums)
 
 
 def _turned(row, columns):
