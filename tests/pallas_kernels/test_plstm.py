@@ -186,7 +186,8 @@ def test_grid_of_one_row_is_a_line():
     assert ratio(end.right[:, 0], state) < 1e-12
 
 
-@pytest.mark.parametrize("cell", [pytest.param(1, marks=slow), 2, pytest.param(4, marks=slow)])
+@slow
+@pytest.mark.parametrize("cell", [1, 2, 4])
 def test_grid_gradients(cell):
     Y, X = 3, 2
     arrays = grid(Y, X)
@@ -215,9 +216,8 @@ def test_grid_gradients(cell):
         assert ratio(one, other) < 1e-12
 
 
-@pytest.mark.parametrize(
-    ("dtype", "limit"), [pytest.param(jnp.float32, 1e-6, marks=slow), (jnp.bfloat16, 3e-3)]
-)
+@slow
+@pytest.mark.parametrize(("dtype", "limit"), [(jnp.float32, 1e-6), (jnp.bfloat16, 3e-3)])
 def test_grid_of_narrow_types(dtype, limit):
     narrow = jax.tree.map(lambda x: jnp.asarray(x, dtype), grid(6, 7))
     out, end = on_grid(*narrow[:4], initial_state=narrow[4], cell=4)
