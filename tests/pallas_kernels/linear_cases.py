@@ -14,9 +14,9 @@ PER_HEAD = ("retention", "gated_delta_net", "mlstm")
 
 def arguments(
     recurrence, T, *, B=2, P=2, K=2, H=4, hk=8, hv=12, dtype=np.float32, documents=True,
-    initial=False, restart=True, seed=0,
+    initial=False, restart=True, strong=50, seed=0,
 ):  # fmt: skip
-    """q, k, v and the keyword arguments: one decay in ten is very strong, betas are up to 2,
+    """q, k, v and the keyword arguments: one decay in ten is `strong`, betas are up to 2,
     one token in ten is padding."""
     random = np.random.default_rng(seed)
     normal = lambda *shape: random.standard_normal(shape)
@@ -24,7 +24,7 @@ def arguments(
     named = {}
     if recurrence in PER_HEAD + PER_KEY:
         shape = (B, P, T, H, hk) if recurrence in PER_KEY else (B, P, T, H)
-        strength = np.where(random.random(shape) < 0.1, 50, 0.1)
+        strength = np.where(random.random(shape) < 0.1, strong, 0.1)
         named["log_decay"] = -np.exp(normal(*shape)) * strength
     if recurrence in HAS_BETA:
         k = k / np.linalg.norm(k, axis=-1, keepdims=True)

@@ -75,15 +75,24 @@ def test_the_oracle_is_the_definition(recurrence):
     np.testing.assert_allclose(out[0], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("recurrence", RECURRENCES)
-def test_three_forms_are_one_function(recurrence):
+@pytest.mark.parametrize(
+    ("recurrence", "strong"), [*((x, 50) for x in RECURRENCES), ("gla", 0.1), ("kda", 0.1)]
+)
+def test_three_forms_are_one_function(recurrence, strong):
     with jax.enable_x64(True):
-        arrays, named = arguments(recurrence, T=70, dtype=np.float64)
+        arrays, named = arguments(recurrence, T=70, dtype=np.float64, strong=strong)
         expected = run_forward(arrays, named, "oracle")
         for form, chunk in (("quadratic", None), ("xla", 16)):
             got = run_forward(arrays, named, form, chunk)
             for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
                 assert errors({"": one}, {"": other})[""] < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recurrence", ["gla", "kda"])
+def test_mild_decays_and_their_gradients(recurrence):
+    arrays, named = arguments(recurrence, T=75, strong=0.1)
+    check(run(arrays, named, "xla", 32), run(arrays, named, "oracle"), 1e-6, 1e-5)
 
 
 @pytest.mark.parametrize(
