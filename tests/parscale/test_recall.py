@@ -119,12 +119,12 @@ def test_accuracy():
 
 @pytest.mark.slow
 def test_a_model_learns_and_repeats():
-    task = Recall(length=32, keys=8, values=4)
+    task = Recall(length=16, keys=4, values=4)
     config = configure(
-        task, "delta_net", 2, steps=200, warmup_steps=20, learning_rate=1e-2, log_every=100
+        task, "delta_net", 2, steps=800, warmup_steps=20, learning_rate=1e-2, log_every=100
     )
     first, again = (recall.learn(task, config, 64) for _ in range(2))
-    # Naming any value of the four in the row would be right 40 % of the time.
+    # Naming either value of the row would be right about 60 % of the time.
     assert first.accuracy > 0.9
     assert (first.accuracy, first.loss) == (again.accuracy, again.loss)
 
