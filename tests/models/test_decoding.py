@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_models import SMALL, make_model, random_ids
+from random_models import SMALL, forward, make_model, random_ids
 
 from models.config import MIXERS
+from parscale import generate
 
 LENGTHS = np.array([9, 6], np.int32)
 STEPS = 3
@@ -88,9 +89,32 @@ def test_every_mixer_decodes_what_the_forward_pass_computes(mixers):
         np.testing.assert_allclose(decoded, full, rtol=0, atol=2e-5)
 
 
-def test_cached_decoding_in_bfloat16():
-    config = dataclasses.replace(SMALL, streams=2, layer_loop="scan", dtype="bfloat16")
+@pytest.mark.slow
+def test_prompts_of_different_lengths_go_on_as_the_forward_pass_says():
+    mixers = ("gated_delta_net", "mlstm_exp", "window", "aaren")
+    config = dataclasses.replace(SMALL, streams=2, mixers=mixers, layers=4, window=5)
+    model = make_model(config)
+    prompts = [[7, 8, 9], [10], [11, 12, 13, 14, 15, 16, 17]]
+    found = generate.generate(model, prompts, STEPS)
+    for prompt, row in zip(prompts, found, strict=True):
+        best = np.argmax(forward(model, np.array([[*prompt, *row]], np.int32))[0], -1)
+        np.testing.assert_array_equal(row, best[len(prompt) - 1 : -1])
+
+
+@pytest.mark.parametrize(
+    ("mixers", "most"),
+    [
+        (("attention",), 0.02),
+        # The norm of a head's output enlarges the roundings where the output is small.
+        pytest.param(("kda", "mlstm_exp", "aaren"), 0.04, marks=pytest.mark.slow),
+    ],
+)
+def test_cached_decoding_in_bfloat16(mixers, most):
+    config = dataclasses.replace(
+        SMALL, streams=2, mixers=mixers, layers=max(len(mixers), 2), layer_loop="scan",
+        dtype="bfloat16",
+    )  # fmt: skip
     for decoded, full in zip(*decoded_and_full(config), strict=True):
         # Sums in another order round to a neighbour now and then, 2^-8 of a value each time.
         error = np.sqrt(np.mean((decoded - full) ** 2) / np.mean(full**2))
-        assert error < 0.02
+        assert error < most
