@@ -1,5 +1,7 @@
 """What the compiler says about the GPU kernels, for an H200, on a machine that need not have one.
 
+Of attention (`rows`) and of linear attention (`linear_rows`).
+
 Registers of a thread when a kernel starts (the warpgroups then divide them anew), bytes of them
 spilled to local memory, wgmma instructions in the program, bytes of shared memory of a block. These
 are facts about code: nothing here is a time. Needs `pip install -e '.[gpu]'`, and ptxas.
@@ -50,6 +52,9 @@ device_description_str: "NVIDIA H200"
 """
 
 
+RECURRENCES = ("retention", "mlstm", "gla", "gated_delta_net", "kda")
+
+
 class Row(NamedTuple):
     """One compiled kernel; `registers` per thread, `spilled` and `shared` in bytes."""
 
@@ -72,12 +77,36 @@ def rows(head_dims=(64, 128), dtypes=("bfloat16",)) -> list[Row]:
     Raises:
       InputError: the CUDA plugin is not installed, or a kernel does not compile.
     """
+    return [
+        row
+        for dtype in dtypes
+        for head_dim in head_dims
+        for row in _compiled(f"compile_all({head_dim}, {dtype!r})", dtype, head_dim)
+    ]
+
+
+def linear_rows(head_dims=(64, 128), dtypes=("bfloat16",), recurrences=RECURRENCES) -> list[Row]:
+    """The kernels of linear attention, forward and backward, with packed documents and a learnable
+    state for each stream; each named after its recurrence too.
+
+    Raises:
+      InputError: as `rows`.
+    """
+    return [
+        row._replace(kernel=f"{recurrence}: {row.kernel}")
+        for dtype in dtypes
+        for head_dim in head_dims
+        for recurrence in recurrences
+        for row in _compiled(
+            f"compile_linear({recurrence!r}, {head_dim}, {dtype!r})", dtype, head_dim
+        )
+    ]
+
+
+def _compiled(call: str, dtype: str, head_dim: int) -> list[Row]:
+    """The kernels that a call of a function of this module compiles, in a process of its own."""
     if not installed():
         raise InputError(f"the static report of GPU kernels {MISSING}")
-    return [row for dtype in dtypes for head_dim in head_dims for row in _compiled(head_dim, dtype)]
-
-
-def _compiled(head_dim: int, dtype: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             **os.environ,
@@ -86,7 +115,7 @@ def _compiled(head_dim: int, dtype: str) -> list[Row]:
             "MOSAIC_GPU_DUMP_PTX": "1",
             "MOSAIC_GPU_DUMP_PTXAS": "1",
         }
-        code = f"from experiments import static_gpu as s; s.compile_all({head_dim}, {dtype!r})"
+        code = f"from experiments import static_gpu; static_gpu.{call}"
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True
         )
@@ -159,3 +188,65 @@ def compile_all(head_dim: int, dtype: str) -> None:
     with dispatch.compiling_for("cuda"):
         jax.jit(forward).lower(*arrays).compile()
         jax.jit(backward).lower(*arrays, q, lse, q, lse).compile()
+
+
+def linear_arguments(recurrence: str, length: int, head_dim: int, sharding=None, dtype="bfloat16"):
+    """Shapes of (q, k, v) and of the keyword arguments of a recurrence, without `normalize`."""
+    import jax
+
+    def array(*shape, dtype="float32"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    B, P, T, K, H, h = 2, 2, length, 2, 2, head_dim
+    named = {"segment_ids": array(B, T, dtype="int32")}
+    rows, state = array(B, P, T, H), array(P, H, h, h)
+    if recurrence in ("retention", "mlstm", "gated_delta_net"):
+        named["log_decay"] = rows
+    if recurrence in ("gla", "kda"):
+        named["log_decay"] = array(B, P, T, H, h)
+    if recurrence in ("gated_delta_net", "kda"):
+        named["beta"] = rows
+    if recurrence == "mlstm":
+        from pallas_kernels import NormalizedState
+
+        named["input_gate"] = rows
+        state = NormalizedState(state, array(P, H, h), array(P, H))
+    named["restart_state"] = state
+    qk, v = array(B, P, T, K, h, dtype=dtype), array(B, P, T, H, h, dtype=dtype)
+    return (qk, qk, v), named
+
+
+def linear_outputs(arrays, named, chunk=None):
+    """What the kernels compute of arrays like `linear_arguments`."""
+    from pallas_kernels import linear_attention
+
+    return linear_attention(
+        *arrays, **named, normalize="input_gate" in named, chunk=chunk,
+        implementation="pallas_gpu",
+    )  # fmt: skip
+
+
+def linear_gradients(arrays, named, chunk=None):
+    """The gradients of a sum, for which all of the kernels run."""
+    import jax
+    import jax.numpy as jnp
+
+    fixed = {"segment_ids": named["segment_ids"]}
+    moving = {name: x for name, x in named.items() if name not in fixed}
+
+    def total(arrays, moving):
+        out, state = linear_outputs(arrays, {**moving, **fixed}, chunk)
+        return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves((out, state)))
+
+    return jax.grad(total, (0, 1))(arrays, moving)
+
+
+def compile_linear(recurrence: str, head_dim: int, dtype: str) -> None:
+    """Compiles the kernels in this process."""
+    import jax
+
+    from pallas_kernels import dispatch
+
+    arrays = linear_arguments(recurrence, 2048, head_dim, h200(), dtype)
+    with dispatch.compiling_for("cuda"):
+        jax.jit(linear_gradients).lower(*arrays).compile()

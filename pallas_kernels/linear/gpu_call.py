@@ -51,7 +51,7 @@ class Call:
         """
         dtype, again = self.inputs.q.dtype, None
         if self.again is not None and not reverse:
-            again = (self.prepared.again, turned(self.inputs.restart.matrix))
+            again = (self.prepared.again, turned(self.inputs.restart.matrix).astype(dtype))
         inputs = gpu_states.StateInputs(
             keys.astype(dtype),
             values.astype(dtype),
@@ -64,12 +64,15 @@ class Call:
         )
         return gpu_states.call(inputs, self.inputs.q.shape[1], reverse)
 
-    def outputs(self, q, k, v, states, own, other=None, against=None, swapped=False, reverse=False):
+    def outputs(
+        self, q, k, v, states, own, other=None, against=None, swapped=False, reverse=False, **name
+    ):
         """`gpu_outputs.call`, with the exponents of queries (`reverse`: keys) for tokens i.
 
         Args:
           states: by name.
           own, other: numbers of tokens i and j, by name, or None.
+          name: of the kernel, if it is another one.
         """
         dtype = self.inputs.q.dtype
         exponents = [self.prepared.queries_low, self.prepared.keys_low]
@@ -85,4 +88,4 @@ class Call:
             against,
         )
         chunk, H = self.options.chunk, self.inputs.v.shape[3]
-        return gpu_outputs.call(inputs, H, chunk, self.options.scale, reverse, swapped)
+        return gpu_outputs.call(inputs, H, chunk, self.options.scale, reverse, swapped, **name)

@@ -55,6 +55,7 @@ def call(
     scale: float,
     reverse: bool = False,
     swapped: bool = False,
+    name: str = "linear_outputs",
 ):
     """The outputs, by name: "out", `[b, T, H, y]` in the type of q; float32 `[b, H, T]`
     "sums", what outputs are divided by but for `floor`, or, with `against`, its products with
@@ -64,6 +65,7 @@ def call(
       heads: H.
       chunk: tokens in a chunk.
       swapped: states are `[.., x, y]`.
+      name: of the kernel, in profiles.
     """
     (b, T, _, x), y = inputs.q.shape, inputs.v.shape[-1]
     width = y if y <= 192 else 128
@@ -243,7 +245,7 @@ def call(
     if results:
         vector_shape = (b, H * parts, len(results), T)
         shapes["vectors"] = jax.ShapeDtypeStruct(vector_shape, jnp.float32)
-    made = tiles.run("linear_outputs", program, shapes, scratch, (b, H * parts, T // ROWS), inputs)
+    made = tiles.run(name, program, shapes, scratch, (b, H * parts, T // ROWS), inputs)
     named = {"out": made["out"]}
     if results:
         parted = made["vectors"].reshape(b, H, parts, len(results), T)

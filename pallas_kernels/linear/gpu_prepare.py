@@ -79,7 +79,7 @@ def prepare(options: Options, inputs: Inputs) -> tuple[Prepared, Constants]:
 
     def by_key(x):
         """`[n, N, P, H]` as `[b, H n, hk]`."""
-        x = jnp.moveaxis(x, 0, 3).reshape(N * P, H * n, 1)
+        x = jnp.moveaxis(jnp.broadcast_to(x, shape[:4]), 0, 3).reshape(N * P, H * n, 1)
         return jnp.broadcast_to(x, (N * P, H * n, hk))
 
     one, zero = jnp.ones(shape), jnp.zeros(shape)

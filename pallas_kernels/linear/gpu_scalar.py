@@ -57,10 +57,12 @@ def backward(options: Options, inputs: Inputs, out, saved: Saved, dout, dend) ->
         v = call.v
         run = call.states(call.q, dout, last, {"written": prepared.enter}, reverse=True)
         states = {"state": run["states"]}
-        dv = call.outputs(call.k, call.q, dout, states, leaving, reverse=True)["out"]
+        dv = call.outputs(call.k, call.q, dout, states, leaving, reverse=True, name="linear_dv")[
+            "out"
+        ]
     else:
         v = saved.written
-        local = call.outputs(call.k, call.q, dout, {}, {}, reverse=True)["out"]
+        local = call.outputs(call.k, call.q, dout, {}, {}, reverse=True, name="linear_dv")["out"]
         factors = {"solved": prepared.leave, "more": prepared.enter}
         more = (call.q, dout)
         run = call.states(prepared.found, local, last, factors, call.k, more, reverse=True)
@@ -68,11 +70,11 @@ def backward(options: Options, inputs: Inputs, out, saved: Saved, dout, dend) ->
     dstates = run["states"]
     of_q = call.outputs(
         dout, v, call.k, {"state": saved.states, "restart": call.again},
-        {"bias": dbefore, **entering}, against=call.q, swapped=True,
+        {"bias": dbefore, **entering}, against=call.q, swapped=True, name="linear_dq",
     )  # fmt: skip
     of_k = call.outputs(
         v, dout, call.q, {"state": dstates}, leaving, {"bias": dbefore},
-        against=call.k, swapped=True, reverse=True,
+        against=call.k, swapped=True, reverse=True, name="linear_dk",
     )  # fmt: skip
     # Products with all of a gradient, less those with the states' part: of pairs of tokens.
     by_query = of_q["against"] - prepared.enter * of_q["state"]

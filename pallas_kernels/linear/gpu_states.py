@@ -30,7 +30,8 @@ class StateInputs(NamedTuple):
       factors: "written" (g), "solved" (f) and "more" (g2), those that are needed.
       keep: float32 `[b, H n, hk]`, for each chunk.
       start: float32, S at the first chunk, `[b or P, H hv, hk]`; None: zero.
-      again: float32 `[b, H n, hk]` and `[P, H hv, hk]`, which a chunk adds as a product; or None.
+      again: float32 `[b, H n, hk]`, and `[P, H hv, hk]` in the type of `values`: factors and a
+        state, whose product each chunk adds; or None.
       solve: w, `[b, T, K or H, hk]`, or None.
       more: keys2 and values2, or None.
     """
@@ -67,6 +68,8 @@ def call(inputs: StateInputs, streams: int, reverse: bool = False):
         fixed["X"] = tiles.shared((ROWS, ROWS), dtype)
     if adds:
         fixed["more"] = tiles.shared((2, ROWS, ROWS), dtype)
+    if inputs.again is not None:
+        fixed["again"] = tiles.shared((ROWS, hk), dtype)
 
     def ring(stages):
         memory = {
@@ -118,13 +121,17 @@ def call(inputs: StateInputs, streams: int, reverse: bool = False):
         visits = tiles.Ring(memory, copies, n * per)
         visits.start()
 
-        def fetched(x):
-            return tiles.fetched(x.at[entry(x, batch), place])
+        def rows_of(x):
+            return x.at[entry(x, batch), place]
 
         if operands.start is None:
             S = tiles.filled((ROWS, hk), 0.0, tiles.MATRIX)
         else:
-            S = fetched(operands.start)
+            S = tiles.fetched(rows_of(operands.start))
+        if operands.again is not None:
+            source = rows_of(operands.again[1])
+            plgpu.copy_gmem_to_smem(source, memory["again"], memory["again_ready"])
+            plgpu.barrier_wait(memory["again_ready"])
 
         def chunk(c, S):
             step = c * per
@@ -140,7 +147,7 @@ def call(inputs: StateInputs, streams: int, reverse: bool = False):
             S = S * tiles.spread(column("keep"), S.shape, 1)
             if operands.again is not None:
                 factor = tiles.spread(column("again_factor"), S.shape, 1)
-                S = S + factor * fetched(operands.again[1])
+                S = S + factor * tiles.loaded(memory["again"])
             S = tile(step, S)
             return lax.fori_loop(step + 1, step + per, tile_after, S) if per > 1 else S
 
@@ -196,5 +203,8 @@ def call(inputs: StateInputs, streams: int, reverse: bool = False):
     if solves:
         shapes["X"] = jax.ShapeDtypeStruct(inputs.values.shape, dtype)
     scratch = {**fixed, **ring(stages)}
+    if inputs.again is not None:
+        scratch["again_ready"] = plgpu.Barrier()
     scratch["ready"] = plgpu.Barrier(num_arrivals=len(ring(1)), num_barriers=stages)
-    return tiles.run("linear_states", program, shapes, scratch, (b, H, hv // ROWS), inputs)
+    name = "linear_dstates" if reverse else "linear_states"
+    return tiles.run(name, program, shapes, scratch, (b, H, hv // ROWS), inputs)

@@ -101,7 +101,9 @@ def forward(options: Options, inputs: Inputs):
             None,
             prepared.keep,
             None if inputs.initial is None else turned(inputs.initial.matrix),
-            (prepared.again, turned(inputs.restart.matrix)) if has_restart else None,
+            (prepared.again, turned(inputs.restart.matrix).astype(v.dtype))
+            if has_restart
+            else None,
             prepared.found,
         ),
         P,
@@ -144,7 +146,7 @@ def backward(options: Options, inputs: Inputs, out, saved: Saved, dout, dend) ->
         arrays = OutputInputs(
             narrow.leaving, None, dout, None, None, states, weights=narrow.weights
         )
-        return gpu_outputs.call(arrays, H, C, 1.0, reverse=True)["out"]
+        return gpu_outputs.call(arrays, H, C, 1.0, reverse=True, name="linear_dv")["out"]
 
     entering, leaving, keep = narrow.entering, narrow.leaving, narrow.keep
     if saved.written is None:
