@@ -54,7 +54,7 @@ flags.DEFINE_integer(
     "key_dim", 64, "head dimension of a recurrent mixer's keys [hk]", flag_values=FLAGS
 )
 flags.DEFINE_integer("mlp_width", 64, "width of the hidden layer [F]", flag_values=FLAGS)
-flags.DEFINE_integer("steps", 600, "optimizer steps", flag_values=FLAGS)
+flags.DEFINE_integer("steps", 1000, "optimizer steps", flag_values=FLAGS)
 flags.DEFINE_integer("batch", 8, "rows in a step [B]", flag_values=FLAGS)
 flags.DEFINE_float("learning_rate", 5e-3, "peak learning rate of AdamW", flag_values=FLAGS)
 flags.DEFINE_integer("test_rows", 128, "rows of the test, rounded to batches", flag_values=FLAGS)
