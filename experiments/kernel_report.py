@@ -6,6 +6,9 @@
 tpu   cycles by libtpu's own model, as microseconds beside the floors that products and memory set,
       for one head of causal attention in bfloat16; jax's splash attention beside ours. Estimates,
       not measurements: the last column says how each was made.
+linear
+      the same for linear attention, 32 heads in bfloat16, with its default chunk; and cycles of the
+      mLSTM by the size of the chunk.
 gpu   for an H200: registers of a thread, bytes spilled, wgmma instructions, bytes of shared memory.
       Needs `pip install -e '.[gpu]'`.
 
@@ -14,11 +17,11 @@ Each kernel is compiled in a process of its own.
 
 from absl import flags
 
-from experiments import program, static_gpu, static_tpu
+from experiments import program, static_gpu, static_tpu, static_tpu_linear
 from parscale.text import table
 from sharding.settings import InputError
 
-WHAT = ("tpu", "gpu")
+WHAT = ("tpu", "linear", "gpu")
 
 FLAGS = program.new_flags()
 flags.DEFINE_list("what", list(WHAT), f"any of {', '.join(WHAT)}", flag_values=FLAGS)
@@ -48,11 +51,40 @@ def tpu(options: flags.FlagValues) -> str:
     return f"{title}\n{table(lines, indent=2)}"
 
 
+def linear(options: flags.FlagValues) -> str:
+    """The tables of TPU estimates of linear attention."""
+    T, h, targets = options.length, options.head_dim, tuple(options.target)
+    texts = []
+    for title, rows in (
+        (f"32 heads, T {T}", static_tpu_linear.table(T, h, targets=targets)),
+        ("the mLSTM by chunk, 32 heads, T 4096", static_tpu_linear.chunk_table(h, targets)),
+    ):
+        columns = {
+            "cycles": 2, "microseconds": 0, "mxu_floor": 0, "hbm_floor": 0, "ratio": 2,
+        }  # fmt: skip
+        names = ["family", "kernel", "target", "chunk"]
+        lines = [[*names, "cycles", "us", "MXU floor", "HBM floor", "ratio", ""]]
+        for row in rows:
+            figures = [
+                "" if row[name] is None else f"{row[name]:.{digits}f}"
+                for name, digits in columns.items()
+            ]
+            lines.append([*(str(row[name]) for name in names), *figures, row["why"]])
+        title = f"TPU, by libtpu's estimate: linear attention, {title}, h {h}; cycles of a token"
+        texts.append(f"{title}\n{table(lines, indent=2)}")
+    return "\n\n".join(texts)
+
+
 def gpu(options: flags.FlagValues) -> str:
-    """The table of what the GPU's compiler says."""
-    rows = static_gpu.rows([options.head_dim], options.dtype)
-    title = "NVIDIA H200, by its compiler: causal packed documents, 48 prefix slots"
-    return f"{title}\n{table([static_gpu.Row._fields, *rows], indent=2)}"
+    """The tables of what the GPU's compiler says."""
+    texts = []
+    for title, rows in (
+        ("attention, causal packed documents, 48 prefix slots", static_gpu.rows),
+        ("linear attention, packed documents, a learnable state", static_gpu.linear_rows),
+    ):
+        lines = [static_gpu.Row._fields, *rows([options.head_dim], options.dtype)]
+        texts.append(f"NVIDIA H200, by its compiler: {title}\n{table(lines, indent=2)}")
+    return "\n\n".join(texts)
 
 
 def main(options: flags.FlagValues) -> None:
@@ -69,7 +101,7 @@ def main(options: flags.FlagValues) -> None:
     if options.length < 1024 or options.length % 1024:
         raise InputError(f"--length={options.length}: expected a multiple of 1024")
     for what in options.what:
-        print({"tpu": tpu, "gpu": gpu}[what](options), end="\n\n", flush=True)
+        print({"tpu": tpu, "linear": linear, "gpu": gpu}[what](options), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

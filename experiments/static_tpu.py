@@ -134,7 +134,20 @@ def cycles_of(step: Step) -> float:
 
 
 def _estimate(step: Step, blocks: int) -> int:
-    """Cycles of the whole grid of `blocks` rows, from a process of its own."""
+    return estimate("experiments.static_tpu", [*step, blocks], "attention|splash")
+
+
+def estimate(module: str, arguments: list, kernel: str) -> int:
+    """Cycles of the whole grid of a kernel, from a process of its own.
+
+    Args:
+      module: what to run there; it compiles the kernel.
+      arguments: for it, as JSON.
+      kernel: its name begins so; a regular expression.
+
+    Raises:
+      RuntimeError: the compiler made no estimate; the text has its reason.
+    """
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             **os.environ,
@@ -144,7 +157,7 @@ def _estimate(step: Step, blocks: int) -> int:
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}",
         }
         done = subprocess.run(
-            [sys.executable, "-m", "experiments.static_tpu", json.dumps([*step, blocks])],
+            [sys.executable, "-m", module, json.dumps(arguments)],
             env=environment,
             cwd=pathlib.Path(__file__).parent.parent,
             capture_output=True,
@@ -152,7 +165,7 @@ def _estimate(step: Step, blocks: int) -> int:
         )
         for file in pathlib.Path(folder).glob("*_static_llo_profile.textproto"):
             found = re.search(r"estimated_cycles: (\d+)", file.read_text())
-            if found and re.match("attention|splash", file.name):
+            if found and re.match(kernel, file.name):
                 return int(found[1])
     reason = re.findall(r"(?:failed: |Error: |CHECK failed.*?: )(.*)", done.stderr)
     raise RuntimeError(f"no estimate: {reason[-1] if reason else f'exit code {done.returncode}'}")

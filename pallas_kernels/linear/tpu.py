@@ -7,10 +7,11 @@ from pallas_kernels import dispatch
 from pallas_kernels.linear import tpu_kernels, tpu_layout
 from pallas_kernels.linear.gates import make_rows
 from pallas_kernels.linear.options import Inputs, NormalizedState, Options
-from pallas_kernels.linear.tpu_layout import Layout
+from pallas_kernels.linear.tpu_kernels import VMEM_LIMIT
+from pallas_kernels.linear.tpu_layout import Layout, make_layout, memory
 from pallas_kernels.linear.tpu_tile import State
 
-CHUNK = 256
+CHUNK = 256  # or a shorter one that fits in VMEM; a longer one is taken as it is, or refused
 HEADS = 4  # of a step of the grid, if there are so many
 
 WIDEST = 256
@@ -19,7 +20,7 @@ DTYPES = ("bfloat16", "float32")
 
 def forward(options: Options, inputs: Inputs, save: bool):
     """By the contract; `starts` are for `backward`, padded."""
-    layout = _layout(options, inputs)
+    layout = choose_layout(options, inputs, back=False)
     arrays, names, maximum, _ = operands(options, layout, inputs)
     made = tpu_kernels.forward(layout, names, arrays, inputs.v.dtype, save, dispatch.interpret())
     end = _unfold_end(layout, inputs, _state(made, "end"), maximum)
@@ -30,7 +31,7 @@ def forward(options: Options, inputs: Inputs, save: bool):
 def backward(options: Options, inputs: Inputs, out, starts, dout, dend) -> Inputs:
     """By the contract."""
     del out
-    layout = _layout(options, inputs)
+    layout = choose_layout(options, inputs, back=True)
     arrays, names, _, pull = operands(options, layout, inputs)
     dout = tpu_layout.fold(tpu_layout.pad(layout, dout), layout.hv, arrays["v"].dtype)
     dend = tpu_layout.fold_state(layout, dend)
@@ -64,14 +65,36 @@ def unfit(options: Options, inputs: Inputs) -> str:
         return f"head dimensions {hk} and {hv}: 'pallas_tpu' expects at most {WIDEST}"
     if options.chunk < tpu_layout.SHORTEST:
         return f"chunk={options.chunk}: 'pallas_tpu' expects at least {tpu_layout.SHORTEST}"
+    if options.chunk > CHUNK:
+        most = _longest(options, inputs)
+        if most < make_layout(options, inputs, options.chunk, 1).chunk:
+            return (
+                f"chunk={options.chunk} does not fit in the {VMEM_LIMIT >> 20} MiB of VMEM that "
+                f"'pallas_tpu' may use: expected at most {most}"
+            )
     return ""
 
 
-def _layout(options, inputs) -> Layout:
+def choose_layout(options: Options, inputs: Inputs, back: bool) -> Layout:
+    """That of the forward or the backward kernel, with as many heads in a step as VMEM holds.
+
+    Raises:
+      ValueError: the kernels cannot take `inputs`.
+    """
     why = unfit(options, inputs)
     if why:
         raise ValueError(why)
-    return tpu_layout.make_layout(options, inputs, options.chunk, HEADS)
+    chunk = _longest(options, inputs)
+    layouts = (make_layout(options, inputs, chunk, heads) for heads in range(HEADS, 0, -1))
+    return next(x for x in layouts if x.heads == 1 or memory(x, back) <= VMEM_LIMIT)
+
+
+def _longest(options, inputs):
+    """The longest chunk, up to that of `options`, of which a head fits in VMEM; or one tile."""
+    layout = make_layout(options, inputs, options.chunk, 1)
+    while layout.chunk > layout.tile and memory(layout, back=True) > VMEM_LIMIT:
+        layout = make_layout(options, inputs, layout.chunk // 2, 1)
+    return layout.chunk
 
 
 def operands(options, layout, inputs):

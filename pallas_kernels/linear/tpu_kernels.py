@@ -160,17 +160,20 @@ def _backward_kernel(layout, names, refs):
                 ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
     tiles = range(layout.chunk // layout.tile)
+    function = _tile_of_heads(layout)
     state, again = _states(refs, "starts"), _states(refs, "restart")
-    pulls = []
-    for index in tiles:
+    # The states before each tile once more, so that one tile at a time holds what it computed.
+    before = [state]
+    for index in tiles[:-1]:
         tokens, gates, fixed = _load(layout, names, refs, index)
-        take = functools.partial(_tile_of_heads(layout), fixed)
-        (_, state), pull = jax.vjp(take, tokens, *gates, state, again)
-        pulls.append(pull)
+        before.append(function(fixed, tokens, *gates, before[-1], again)[1])
     dstate, dagain = _states(refs, "d_initial"), _states(refs, "d_restart")
     for index in reversed(tiles):
+        tokens, gates, fixed = _load(layout, names, refs, index)
+        take = functools.partial(function, fixed)
+        _, pull = jax.vjp(take, tokens, *gates, before[index], again)
         dout = _take(refs["dout"], layout, index, layout.heads)
-        dtokens, dcolumns, drows, dstate, more = pulls[index]((dout, dstate))
+        dtokens, dcolumns, drows, dstate, more = pull((dout, dstate))
         dagain = jax.tree.map(jnp.add, dagain, more)
         for name in ("q", "k"):
             x = getattr(dtokens, name)

@@ -17,6 +17,15 @@ from pallas_kernels.linear.options import LOWEST, Inputs, NormalizedState, Optio
 from pallas_kernels.linear.tpu_tile import LANES, Form, State
 
 TILE = 128
+ARRAYS_OF_A_TILE = {
+    (False, False): (8, 10),
+    (False, True): (10, 16),
+    (True, False): (24, 46),
+    (True, True): (24, 72),
+}
+"""Whether each dimension of a key has its own decay, and whether there is a beta: float32 arrays of
+a tile and head that the forward and the backward kernel hold at once, as the compiler has it."""
+
 SHORTEST = 16
 """Tokens of a chunk: whole registers of bfloat16."""
 
@@ -79,18 +88,14 @@ class Layout(NamedTuple):
 
 
 def make_layout(options: Options, inputs: Inputs, chunk: int, heads: int) -> Layout:
-    """Args:
-    chunk: at most this many tokens.
-    heads: at most this many value heads of a step.
-    """
+    """The layout with at most `chunk` tokens and `heads` value heads in a step of the grid."""
     N, P, T, K, hk = inputs.q.shape
     H, hv = inputs.v.shape[3:]
     chunk = max(SHORTEST, min(chunk, 1 << (T - 1).bit_length()))
     G = H // K
     fitting = [n for n in range(1, heads + 1) if H % n == 0 and (n % G == 0 or G % n == 0)]
-    wide = jnp.result_type(inputs.q, inputs.k, inputs.v)
     by_key = inputs.log_decay is not None and inputs.log_decay.ndim == 5
-    form = Form(options.scale, wide.name, options.normalize, inputs.beta is not None, by_key)
+    narrow = jnp.result_type(inputs.q, inputs.k, inputs.v).name
     return Layout(
         N=N,
         P=P,
@@ -102,8 +107,28 @@ def make_layout(options: Options, inputs: Inputs, chunk: int, heads: int) -> Lay
         chunk=chunk,
         tile=min(chunk, TILE),
         heads=fitting[-1],
-        form=form,
+        form=Form(options.scale, narrow, options.normalize, inputs.beta is not None, by_key),
     )
+
+
+def memory(layout: Layout, back: bool) -> int:
+    """Bytes of VMEM that a kernel takes, about: blocks, each twice, and what it computes of a tile.
+
+    Args:
+      back: of the backward kernel.
+    """
+    L = layout
+    size = 2 if L.form.narrow == "bfloat16" else 4
+    keys, values = L.key_heads * L.hk, L.heads * L.hv
+    tokens = size * (2 * keys + 2 * values + (back and 2 * keys + values))
+    tokens += (1 + back) * 4 * LANES * 2  # of gates, along the sublanes
+    if L.form.by_key:
+        tokens += (1 + back) * 4 * L.heads * L.hk
+    states = 4 * L.heads * L.hk * L.hv
+    kept = states * (L.chunk // L.tile) if back else 0
+    own = ARRAYS_OF_A_TILE[L.form.by_key, L.form.delta][back]
+    own *= 4 * L.heads * L.tile * max(L.tile, L.hk, L.hv)
+    return 2 * (L.chunk * tokens + 5 * states) + kept + own
 
 
 def round_up(n: int, unit: int) -> int:

@@ -1,4 +1,4 @@
-"""Programs of attention compiled for TPUs that need not be there.
+"""Programs of attention, softmax and linear, compiled for TPUs that need not be there.
 
 In a process of their own: once libtpu is loaded, jax's profiler crashes where there is no TPU.
 """
@@ -39,19 +39,11 @@ def _prepare():
 
 def compiled(target, mask, arrays, soft_cap, blocks) -> list[Program]:
     """The forward and the backward program, for arrays of such shapes."""
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
     from pallas_kernels import dispatch
     from pallas_kernels.flash import tpu
     from pallas_kernels.flash.options import Options
 
-    name, settings = TOPOLOGIES[target]
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
-    sharding = SingleDeviceSharding(topology.devices[0])
-    mask, (q, k, v, prefix, dout, dlse) = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (mask, arrays)
-    )
+    mask, (q, k, v, prefix, dout, dlse) = _on(_chip(target), (mask, arrays))
     options = Options(q.shape[-1] ** -0.5, soft_cap)
 
     def forward(q, k, v, mask, prefix):
@@ -66,6 +58,49 @@ def compiled(target, mask, arrays, soft_cap, blocks) -> list[Program]:
             jax.jit(backward).lower(q, k, v, mask, prefix, q, dlse, dout, dlse).compile(),
         )
     return [_facts(program) for program in programs]
+
+
+def compiled_linear(target, options, inputs, implementation="tpu") -> list[Program]:
+    """The forward and the backward program of linear attention, for `Inputs` of such shapes.
+
+    Args:
+      implementation: "tpu" or "xla".
+    """
+    import importlib
+
+    from pallas_kernels import dispatch
+
+    module = importlib.import_module(f"pallas_kernels.linear.{implementation}")
+
+    def forward(inputs):
+        return module.forward(options, inputs, save=True)
+
+    def backward(*arguments):
+        return module.backward(options, *arguments)
+
+    chip = _chip(target)
+    inputs = _on(chip, inputs)
+    with dispatch.compiling_for("tpu"):
+        out, end, starts = _on(chip, jax.eval_shape(forward, inputs))
+        programs = (
+            jax.jit(forward).lower(inputs).compile(),
+            jax.jit(backward).lower(inputs, out, starts, out, end).compile(),
+        )
+    return [_facts(program) for program in programs]
+
+
+def _chip(target):
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    name, settings = TOPOLOGIES[target]
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
+    return SingleDeviceSharding(topology.devices[0])
+
+
+def _on(chip, arrays):
+    """Structures of arrays that are on a chip."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), arrays)
 
 
 def _facts(program) -> Program:
