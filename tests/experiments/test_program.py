@@ -141,6 +141,7 @@ def test_help_lists_every_field_with_default_meaning_and_choices(folder):
     for name, _, field in config_io.leaves(Config):
         default = field.default
         shown = str(default).lower() if isinstance(default, bool) else default
+        shown = ",".join(default) if isinstance(default, tuple) else shown
         assert f"--config.{name}={shown} {' '.join(field.metadata['doc'].split())}" in words
     assert "(dynamic, constant, mean)" in words
     assert "--steps=5 how often" in words
