@@ -6,11 +6,11 @@
 tpu   cycles by libtpu's own model, as microseconds beside the floors that products and memory set,
       for one head of causal attention in bfloat16; jax's splash attention beside ours. Estimates,
       not measurements: the last column says how each was made.
-linear
-      the same for linear attention, 32 heads in bfloat16, with its default chunk; and cycles of the
-      mLSTM by the size of the chunk.
 gpu   for an H200: registers of a thread, bytes spilled, wgmma instructions, bytes of shared memory.
       Needs `pip install -e '.[gpu]'`.
+linear
+      cycles as for tpu, of linear attention: 32 heads in bfloat16, with the default chunk; and of
+      the mLSTM by the size of the chunk.
 
 Each kernel is compiled in a process of its own.
 """
@@ -21,7 +21,7 @@ from experiments import program, static_gpu, static_tpu, static_tpu_linear
 from parscale.text import table
 from sharding.settings import InputError
 
-WHAT = ("tpu", "linear", "gpu")
+WHAT = ("tpu", "gpu", "linear")
 
 FLAGS = program.new_flags()
 flags.DEFINE_list("what", list(WHAT), f"any of {', '.join(WHAT)}", flag_values=FLAGS)

@@ -13,6 +13,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from linear_cases import RECURRENCES, arguments, errors, with_gradients
 
+from experiments import static_tpu_linear
 from pallas_kernels import NormalizedState, dispatch, linear_attention
 from pallas_kernels.linear import tpu
 from pallas_kernels.linear.options import Inputs, Options
@@ -167,6 +168,17 @@ def shapes(recurrence, T, chunk, dtype=jnp.bfloat16, **sizes):
     )
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     return Options(1.0, recurrence == "mlstm", chunk), inputs
+
+
+def test_the_table_of_estimates(monkeypatch):
+    """5 cycles of each token and head, of 32 heads of 4096 tokens."""
+    monkeypatch.setattr(static_tpu_linear, "cycles_of", lambda step: 5.0)
+    row, *_ = static_tpu_linear.table(targets=("v5e",), families=("retention",))
+    assert row["microseconds"] == pytest.approx(5 * 2**17 / 1.5e3)
+    assert row["mxu_floor"] == pytest.approx(2**17 * 4 * 2 * 128 * 128 / 197e12 * 1e6)
+    states = 4 * 128 * 128 / tpu.CHUNK
+    assert row["hbm_floor"] == pytest.approx(2**17 * (4 * 2 * 128 + states) / 819e9 * 1e6)
+    assert row["ratio"] == pytest.approx(row["microseconds"] / row["hbm_floor"])
 
 
 @pytest.fixture(scope="module")
