@@ -68,46 +68,12 @@ def call(
       name: of the kernel, in profiles.
     """
     (b, T, _, x), y = inputs.q.shape, inputs.v.shape[-1]
-    width = y if y <= 192 else 128
-    parts, per, dtype, H = y // width, chunk // ROWS, inputs.q.dtype, heads
     own_names, other_names = tiles.names_of(inputs.own), tiles.names_of(inputs.other)
     results = [*inputs.states, "against"] if inputs.against is not None else []
     results += ["sums"] if "floor" in own_names else []
-
-    fixed = {
-        "q": tiles.shared((ROWS, x), dtype),
-        **{
-            name: tiles.shared((x, width) if swapped else (width, x), dtype)
-            for name in inputs.states
-        },
-    }
-    if own_names:
-        fixed["own"] = plgpu.SMEM((len(own_names), ROWS), jnp.float32)
-    if inputs.q_restart is not None:
-        fixed["q_restart"] = tiles.shared((ROWS, x), dtype)
-    if inputs.against is not None:
-        fixed["against"] = tiles.shared((ROWS, width), dtype)
-    copied = len(fixed)
-    # Where it can, the output takes the place of what its program no longer needs.
-    target = "against" if inputs.against is not None else "q" if x == width else "out"
-    if target == "out":
-        fixed["out"] = tiles.shared((ROWS, width), dtype)
-    if results:
-        fixed["vectors"] = plgpu.SMEM((len(results), ROWS), jnp.float32)
-
-    def ring(stages):
-        memory = {"v": tiles.shared((stages, ROWS, width), dtype)}
-        if inputs.k is None:
-            memory["weights"] = tiles.shared((stages, ROWS, ROWS), dtype)
-        else:
-            memory["k"] = tiles.shared((stages, ROWS, x), dtype)
-            memory["other"] = plgpu.SMEM((stages, len(other_names), ROWS), jnp.float32)
-        return memory
-
-    # Two programs on a multiprocessor hide each other's waits better than a second stage would.
-    stages = tiles.most_stages(SHARED_MEMORY // 2, fixed, ring(1), min(2, per))
-    if stages < 1:
-        stages = tiles.most_stages(SHARED_MEMORY, fixed, ring(1), min(2, per))
+    dtype, H, per = inputs.q.dtype, heads, chunk // ROWS
+    plan = _plan(inputs, x, y, per, swapped, results)
+    parts, width, stages = y // plan.width, plan.width, plan.stages
 
     def program(operands, outs, memory):
         batch, unit, i = (lax.axis_index(name) for name in ("batch", "head", "block"))
@@ -228,19 +194,20 @@ def call(
         if operands.against is not None:
             keep_vector("against", jnp.sum(out * tiles.loaded(memory["against"]), 1))
         plgpu.commit_smem()
-        memory[target][...] = out.astype(dtype)
+        memory[plan.target][...] = out.astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(memory[target], outs["out"].at[batch, mine, head, columns])
+        plgpu.copy_smem_to_gmem(memory[plan.target], outs["out"].at[batch, mine, head, columns])
         if results:
             plgpu.copy_smem_to_gmem(memory["vectors"], outs["vectors"].at[batch, unit, :, mine])
         plgpu.wait_smem_to_gmem(0)
 
     shapes = {"out": jax.ShapeDtypeStruct((b, T, H, y), dtype)}
     scratch = {
-        **fixed,
-        **ring(stages),
-        "fetched": plgpu.Barrier(num_arrivals=copied),
-        "ready": plgpu.Barrier(num_arrivals=len(ring(1)), num_barriers=stages),
+        **plan.copied,
+        **plan.written,
+        **plan.ring,
+        "fetched": plgpu.Barrier(num_arrivals=len(plan.copied)),
+        "ready": plgpu.Barrier(num_arrivals=len(plan.ring), num_barriers=stages),
     }
     if results:
         vector_shape = (b, H * parts, len(results), T)
@@ -252,3 +219,60 @@ def call(
         merged = parted[:, :, 0] if "sums" in results else jnp.sum(parted, 2)
         named |= dict(zip(results, jnp.moveaxis(merged, 2, 0), strict=True))
     return named
+
+
+class _Plan(NamedTuple):
+    """How a program uses shared memory.
+
+    Attributes:
+      width: columns of the output that it computes.
+      stages: tiles of tokens j that are in memory at a time.
+      copied, ring, written: memory by name: of what is copied once, of what is copied for each
+        tile, and of results.
+      target: the memory of the output.
+    """
+
+    width: int
+    stages: int
+    copied: dict
+    ring: dict
+    written: dict
+    target: str
+
+
+def _plan(inputs, x, y, per, swapped, results):
+    # Two programs on a multiprocessor hide each other's waits better than a second stage would.
+    for memory in (SHARED_MEMORY // 2, SHARED_MEMORY):
+        for width in (w for w in (y, 128, 64) if w <= 192 and y % w == 0):
+            once, ring, written, target = _memory(inputs, x, width, swapped, results, 1)
+            stages = tiles.most_stages(memory, {**once, **written}, ring, min(2, per))
+            if stages and (width >= min(y, 128) or memory == SHARED_MEMORY):
+                ring = _memory(inputs, x, width, swapped, results, stages)[1]
+                return _Plan(width, stages, once, ring, written, target)
+    raise ValueError(f"{x} x {y} is too large a state for shared memory")
+
+
+def _memory(inputs, x, width, swapped, results, stages):
+    """`_Plan.copied`, `_Plan.ring`, `_Plan.written` and `_Plan.target`."""
+    dtype, own, other = inputs.q.dtype, tiles.names_of(inputs.own), tiles.names_of(inputs.other)
+    state = (x, width) if swapped else (width, x)
+    once = {"q": tiles.shared((ROWS, x), dtype)}
+    once |= {name: tiles.shared(state, dtype) for name in inputs.states}
+    if own:
+        once["own"] = plgpu.SMEM((len(own), ROWS), jnp.float32)
+    if inputs.q_restart is not None:
+        once["q_restart"] = tiles.shared((ROWS, x), dtype)
+    if inputs.against is not None:
+        once["against"] = tiles.shared((ROWS, width), dtype)
+    ring = {"v": tiles.shared((stages, ROWS, width), dtype)}
+    if inputs.k is None:
+        ring["weights"] = tiles.shared((stages, ROWS, ROWS), dtype)
+    else:
+        ring["k"] = tiles.shared((stages, ROWS, x), dtype)
+        ring["other"] = plgpu.SMEM((stages, len(other), ROWS), jnp.float32)
+    # Where it can, the output takes the place of what its program no longer needs.
+    target = "against" if inputs.against is not None else "q" if x == width else "out"
+    written = {"out": tiles.shared((ROWS, width), dtype)} if target == "out" else {}
+    if results:
+        written["vectors"] = plgpu.SMEM((len(results), ROWS), jnp.float32)
+    return once, ring, written, target

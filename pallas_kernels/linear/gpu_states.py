@@ -89,6 +89,8 @@ def call(inputs: StateInputs, streams: int, reverse: bool = False):
         return memory
 
     stages = tiles.most_stages(SHARED_MEMORY, fixed, ring(1), MAX_STAGES)
+    if not stages:
+        raise ValueError(f"{hk} x {hv} is too large a state for shared memory")
 
     def entry(x, batch):
         return batch if x.shape[0] == b else lax.rem(batch, streams)

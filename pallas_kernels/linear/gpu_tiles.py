@@ -155,7 +155,7 @@ def most_stages(memory: int, fixed: dict, ring: dict, limit: int) -> int:
     """
     size = lambda parts: sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in parts)
     each, rest = size(ring.values()), memory - size(fixed.values())
-    return min(limit, rest // each)
+    return max(0, min(limit, rest // each))
 
 
 class Ring:
