@@ -6,9 +6,10 @@ Both also run backwards in time, where they compute the gradients. Head dimensio
 multiples of 64, positions to whole chunks; sums and states are float32, operands of products, and
 states in memory, have the type of q.
 
-With the delta rule, where a token's error is part of what later ones correct, that type is float16:
-bfloat16's 8 bits would lose two digits of it. Values and states are then in a unit of their own, as
-are the gradients that come in; keys and queries are expected to have a norm of about 1.
+With the delta rule, where what a token writes depends on all that was written before, that type is
+float16: with bfloat16's 8 bits outputs are up to 6 times less exact. Values and states are then in
+a unit of their own, as are the gradients that come in, so that they are in float16's range; keys
+and queries have to be in it themselves.
 """
 
 import functools

@@ -82,7 +82,7 @@ def prepare(options: Options, inputs: Inputs) -> tuple[Prepared, Constants]:
         x = jnp.moveaxis(jnp.broadcast_to(x, shape[:4]), 0, 3).reshape(N * P, H * n, 1)
         return jnp.broadcast_to(x, (N * P, H * n, hk))
 
-    one, zero = jnp.ones(shape), jnp.zeros(shape)
+    one, zero = jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
     total = Exact(zero, zero) if rows.total is None else rows.total
     enter, leave = (
         one if x is None else jnp.broadcast_to(x, shape) for x in (rows.enter, rows.leave)
