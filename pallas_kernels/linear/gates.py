@@ -92,7 +92,7 @@ class Rows(NamedTuple):
 def make_rows(options: Options, inputs: Inputs) -> Rows:
     """The rows of `inputs` in chunks of `options.chunk`."""
     wide = wide_type(inputs)
-    documents, is_first, starts = _documents(options, inputs)
+    documents, is_first = _documents(options, inputs)
 
     def rows_of(x, fill=0.0):
         x = None if x is None else in_chunks(x.astype(wide), options.chunk, fill=fill)
@@ -128,22 +128,14 @@ def make_rows(options: Options, inputs: Inputs) -> Rows:
         """`x` `[n, N, P, H, C]` with the axes of `decay`."""
         return x.reshape(*x.shape, *[1] * (decay.ndim - 5))
 
-    steps = split(decay)
-    total = Exact(*(jnp.cumsum(part, 4) for part in steps))
+    total = Exact(*(jnp.cumsum(part, 4) for part in split(decay)))
     relative = Exact(total.high, total.low - m)
     enter = jnp.exp(total.high + (relative.low + before))
     leave = jnp.exp(relative[:, :, :, :, -1:] - relative)
     restart = None
     if documents is not None:
         if has_restart:
-            index = jnp.broadcast_to(of(starts), decay.shape)
-            start = Exact(
-                *(
-                    jnp.take_along_axis(after - own, index, 4)
-                    for after, own in zip(total, steps, strict=True)
-                )
-            )
-            since = relative - Exact(start.high, start.low - again)
+            since = _sum_in_document(documents, decay) - of(m - again)
             restart = jnp.where(of(is_first), 0, jnp.exp(jnp.where(of(is_first), 0, since)))
         enter = jnp.where(of(is_first), enter, 0)
         leave = jnp.where(of(documents == documents[..., -1:]), leave, 0)
@@ -151,17 +143,25 @@ def make_rows(options: Options, inputs: Inputs) -> Rows:
 
 
 def _documents(options, inputs):
-    """Documents in chunks `[n, N, P or 1, 1, C]`; which tokens are of the document before the
-    chunk; and where in the chunk the document of each begins."""
+    """Documents in chunks `[n, N, P or 1, 1, C]`, and which tokens are of the document before the
+    chunk."""
     if inputs.documents is None:
-        return None, None, None
-    C = options.chunk
-    documents = in_chunks(inputs.documents, C, mode="edge")[:, :, :, None]
+        return None, None
+    documents = in_chunks(inputs.documents, options.chunk, mode="edge")[:, :, :, None]
     last = documents[..., -1:]
     before = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
-    previous = jnp.concatenate([before, documents[..., :-1]], -1)
-    starts = jnp.where(documents != previous, jnp.arange(C), 0)
-    return documents, documents == before, jax.lax.cummax(starts, axis=4)
+    return documents, documents == before
+
+
+def _sum_in_document(documents, decay):
+    """The sum of `decay` `.. hk` over the tokens of a chunk through each that are of its document,
+    as a product: the gradient of a lookup of what stands at the border would be a scatter."""
+    documents = documents[:, :, :, 0]
+    together = documents[..., :, None] == documents[..., None, :]
+    together = (together & jnp.tri(documents.shape[-1], dtype=bool)).astype(decay.dtype)
+    if together.shape[2] == 1:
+        return jnp.einsum("nbij,nbphj...->nbphi...", together[:, :, 0], decay, precision="highest")
+    return jnp.einsum("nbpij,nbphj...->nbphi...", together, decay, precision="highest")
 
 
 def _running_maximum(options, inputs, decay, gate, documents):
