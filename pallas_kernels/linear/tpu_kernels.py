@@ -182,9 +182,11 @@ def _backward_kernel(layout, names, refs):
         _put(refs["d_v"], layout, index, dtokens.v)
         if "d_decay" in refs:
             _put(refs["d_decay"], layout, index, dtokens.decay)
-        if dcolumns:
-            parts = jnp.concatenate([dcolumns[name] for name in names["columns"]], 0)
-            _put(refs["d_columns"], layout, index, parts)
+        tokens = _tokens(layout, index)
+        for i, name in enumerate(names.get("columns", ())):
+            for head in range(layout.heads):
+                lane = i * layout.heads + head
+                refs["d_columns"][tokens, lane : lane + 1] = dcolumns[name][head]
         for i, name in enumerate(names.get("rows", ())):
             for head in range(layout.heads):
                 line = i * layout.heads + head
@@ -208,17 +210,19 @@ def _load(layout, names, refs, index):
         x = _take(refs[name], layout, index, count)
         return x if count == heads else jnp.repeat(x, heads // count, 0)
 
+    def gates(operand, take):
+        # Each name for itself: slices of one stack would be moved to other lanes once more.
+        ref, starts = refs.get(operand), range(0, len(names.get(operand, ())) * heads, heads)
+        return {
+            name: jnp.stack([take(ref, slice(n, n + 1)) for n in range(start, start + heads)])
+            for name, start in zip(names.get(operand, ()), starts, strict=True)
+        }
+
     def columns(operand):
-        if operand not in names:
-            return {}
-        x = _take(refs[operand], layout, index, len(names[operand]) * heads)
-        return {name: x[i * heads : (i + 1) * heads] for i, name in enumerate(names[operand])}
+        return gates(operand, lambda ref, lane: ref[_tokens(layout, index), lane])
 
     def rows(operand):
-        return {
-            name: refs[operand][index, i * heads : (i + 1) * heads][:, None]
-            for i, name in enumerate(names.get(operand, ()))
-        }
+        return gates(operand, lambda ref, line: ref[index, line])
 
     return (
         Tokens(
@@ -251,15 +255,17 @@ def _put_states(refs, name, state):
 
 def _take(ref, layout, index, count):
     """A tile of `count` arrays side by side, `[count, C, lanes]`, float32."""
-    width = ref.shape[1] // count
-    tokens = slice(index * layout.tile, (index + 1) * layout.tile)
+    width, tokens = ref.shape[1] // count, _tokens(layout, index)
     parts = [ref[tokens, i * width : (i + 1) * width] for i in range(count)]
     return jnp.stack([part.astype(jnp.float32) for part in parts])
 
 
 def _put(ref, layout, index, x):
     """The reverse of `_take`."""
-    width = x.shape[2]
-    tokens = slice(index * layout.tile, (index + 1) * layout.tile)
+    width, tokens = x.shape[2], _tokens(layout, index)
     for i in range(x.shape[0]):
         ref[tokens, i * width : (i + 1) * width] = x[i].astype(ref.dtype)
+
+
+def _tokens(layout, index):
+    return slice(index * layout.tile, (index + 1) * layout.tile)
