@@ -188,8 +188,10 @@ class Gates(NamedTuple):
 
 
 def gates_of(form: Form, rows: Rows) -> Gates:
-    """Args:
-    rows: of tiles; without sums of log decays if these are made in the kernel.
+    """What the kernels are given of `rows`, which are of tiles.
+
+    Args:
+      rows: without sums of log decays if these are made in the kernel.
     """
     columns = {"enter": rows.enter, "leave": rows.leave, "restart": rows.restart}
     along, fixed = {}, {}
