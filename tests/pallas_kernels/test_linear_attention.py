@@ -107,8 +107,8 @@ def test_chunks_and_their_gradients(recurrence):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recurrence", RECURRENCES)
-@pytest.mark.parametrize("T", [1, 2, 64, 300])
-@pytest.mark.parametrize("how", [{}, {"initial": True}, {"documents": False, "initial": True}])
+@pytest.mark.parametrize("T", [1, 64, 300])
+@pytest.mark.parametrize("how", [{"initial": True}, {"documents": False}])
 def test_lengths_and_states(recurrence, T, how):
     arrays, named = arguments(recurrence, T, restart=not how, **how)
     check(run(arrays, named, "xla", 64), run(arrays, named, "oracle"), 1e-6, 1e-5)
