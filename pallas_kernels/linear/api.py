@@ -99,7 +99,8 @@ def linear_attention(
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     except TypeError:
         raise ValueError(f"scale={scale}: expected a Python number") from None
-    options = Options(scale, bool(normalize), chunk or _default_chunk(implementation))
+    chunk_size = chunk or _default_chunk(implementation, inputs)
+    options = Options(scale, bool(normalize), chunk_size)
     if 0 in inputs.v.shape or (implementation is None and chunk is None and T <= RECURRENT_UP_TO):
         implementation = "oracle"
     kernels = [name for name in MODULES if _can_take(name, implementation, options, inputs)]
@@ -111,10 +112,10 @@ def linear_attention(
     return out.reshape(v.shape), end if normalize else end.matrix
 
 
-def _default_chunk(implementation) -> int:
+def _default_chunk(implementation, inputs) -> int:
     for name, module in MODULES.items():
         if implementation == name or (implementation is None and dispatch.fits(name)):
-            return importlib.import_module(module).CHUNK
+            return importlib.import_module(module).default_chunk(inputs)
     return xla.CHUNK
 
 

@@ -30,10 +30,14 @@ from pallas_kernels.linear.gpu_layout import (
 )
 from pallas_kernels.linear.options import Inputs, NormalizedState, Options
 
-CHUNK = 64
 CHUNKS = (64, 128, 256, 512)
 DTYPES = ("bfloat16", "float16")
 MAX_HEAD_DIM = 256
+
+
+def default_chunk(inputs: Inputs) -> int:
+    """Positions of a chunk; XLA prepares whole chunks of the delta rule and of vector decays."""
+    return 64 if inputs.beta is not None or per_key(inputs) else 128
 
 
 def unfit(options: Options, inputs: Inputs) -> str:

@@ -55,6 +55,12 @@ def backward(options: Options, inputs: Inputs, out, starts, dout, dend) -> Input
     return Inputs(**{name: gradients.get(name) for name in Inputs._fields})
 
 
+def default_chunk(inputs: Inputs) -> int:
+    """Positions of a chunk, the same for all recurrences."""
+    del inputs
+    return CHUNK
+
+
 def unfit(options: Options, inputs: Inputs) -> str:
     """Why these kernels cannot take `inputs`; "" if they can."""
     dtype = jnp.result_type(inputs.q, inputs.k, inputs.v)
