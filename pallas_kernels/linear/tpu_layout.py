@@ -127,7 +127,8 @@ def memory(layout: Layout, back: bool) -> int:
     states = 4 * L.heads * L.hk * L.hv
     kept = states * (L.chunk // L.tile) if back else 0
     own = ARRAYS_OF_A_TILE[L.form.by_key, L.form.delta][back]
-    own *= 4 * L.heads * L.tile * max(L.tile, L.hk, L.hv)
+    # Products of full precision take their operands apart.
+    own *= (size // 2) * 4 * L.heads * L.tile * max(L.tile, L.hk, L.hv)
     return 2 * (L.chunk * tokens + 5 * states) + kept + own
 
 
