@@ -21,7 +21,7 @@ ARRAYS_OF_A_TILE = {
     (False, False): (8, 10),
     (False, True): (10, 16),
     (True, False): (24, 46),
-    (True, True): (24, 72),
+    (True, True): (24, 80),
 }
 """Whether each dimension of a key has its own decay, and whether there is a beta: float32 arrays of
 a tile and head that the forward and the backward kernel hold at once, as the compiler has it."""
