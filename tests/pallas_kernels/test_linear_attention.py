@@ -97,7 +97,7 @@ def test_mild_decays_and_their_gradients(recurrence):
 
 @pytest.mark.parametrize(
     "recurrence",
-    [x if x in ("gla", "kda", "mlstm") else pytest.param(x, marks=pytest.mark.slow)
+    [x if x == "kda" else pytest.param(x, marks=pytest.mark.slow)
      for x in RECURRENCES],
 )  # fmt: skip
 def test_chunks_and_their_gradients(recurrence):
@@ -124,7 +124,10 @@ def test_bfloat16(recurrence):
     check(got, exact, 3e-3, 6e-3, 1e-2)
 
 
-@pytest.mark.parametrize("recurrence", ["gla", "mlstm", "gated_delta_net"])
+@pytest.mark.parametrize(
+    "recurrence",
+    ["gated_delta_net", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gla", "mlstm"))],
+)
 def test_one_token_at_a_time(recurrence):
     """Decoding: each call goes on from the state of the one before."""
     arrays, named = arguments(recurrence, T=12, documents=False, initial=True, restart=False)

@@ -19,7 +19,10 @@ def mesh():
     return jax.make_mesh((2, 2, 2), ("data", "stream", "tensor"), (AxisType.Auto,) * 3)
 
 
-@pytest.mark.parametrize(("recurrence", "initial"), [("mlstm", False), ("gated_delta_net", True)])
+@pytest.mark.parametrize(
+    ("recurrence", "initial"),
+    [("gated_delta_net", True), pytest.param("mlstm", False, marks=pytest.mark.slow)],
+)
 def test_equals_linear_attention_on_whole_arrays(mesh, recurrence, initial):
     """With gradients; that of the state documents start from is summed over all devices' rows."""
     arrays, named = arguments(recurrence, T=40, initial=initial)
