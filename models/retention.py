@@ -7,6 +7,7 @@ from models.config import ModelConfig
 from models.layers import apply_rope, project
 from models.recurrent import Recurrent, low_rank
 from models.weights import WeightMaker, zeros
+from pallas_kernels.linear.forms import retention_decay
 
 GATE_RANK = 16
 GATE_DIVISOR = 16.0
@@ -29,12 +30,11 @@ class Retention(Recurrent):
 
     def recurrence(self, q, k, v, inputs, context):
         rope = context.rope[q.shape[-1]]
-        decay = jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(v.shape[-2])))
         arguments = {
             "q": apply_rope(q, rope),
             "k": apply_rope(k, rope),
             "v": v,
-            "log_decay": jnp.broadcast_to(decay, v.shape[:-1]),
+            "log_decay": retention_decay(v),
         }
         return arguments, jax.nn.silu(inputs[0])
 

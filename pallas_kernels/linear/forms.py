@@ -18,8 +18,12 @@ def retention(
     **arguments,
 ):
     """Retention (arXiv 2307.08621, 2310.19731): value head j decays by 1 - 2^(-5-j) a token."""
-    decay = jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(v.shape[-2])))
-    return linear_attention(q, k, v, log_decay=jnp.broadcast_to(decay, v.shape[:-1]), **arguments)
+    return linear_attention(q, k, v, log_decay=retention_decay(v), **arguments)
+
+
+def retention_decay(v: Float[Array, "*lead T H hv"]) -> Float[Array, "*lead T H"]:
+    """The logarithms of retention's fixed decays, for values such as `v`."""
+    return jnp.broadcast_to(jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(v.shape[-2]))), v.shape[:-1])
 
 
 def gated_linear_attention(

@@ -13,14 +13,7 @@ from pallas_kernels.linear.aaren import AarenState, aaren, merge_parts
 
 B, P, H, h, hv = 2, 3, 2, 8, 5
 
-
-@pytest.fixture(autouse=True)
-def little_optimization():
-    """Nearly all the time goes into compiling."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 def inputs(T, dtype=np.float32, seed=0):

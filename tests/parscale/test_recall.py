@@ -10,14 +10,7 @@ from parscale.training import Training
 from sharding.mesh import make_mesh
 from sharding.settings import InputError
 
-
-@pytest.fixture(autouse=True)
-def little_optimization():
-    """Nearly all the time goes into compiling."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 def configure(task, mixer="attention", layers=1, **train):
