@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import kernel_report, program, static_gpu, static_tpu
+from experiments import kernel_report, program, static_gpu, static_tpu, static_tpu_linear
 
 
 def run(*arguments):
@@ -35,6 +35,23 @@ def test_what_cannot_be_estimated_says_why(monkeypatch, capsys):
     *_, last = capsys.readouterr().out.rstrip().splitlines()
     assert last.split()[:2] == ["splash", "v6e"]
     assert "no estimate: because" in last
+
+
+def test_linear_attention_and_the_mlstm_by_chunk(monkeypatch, capsys):
+    def cycles(step):
+        if step.family == "kda":
+            raise RuntimeError("no estimate: because")
+        return 5.0
+
+    monkeypatch.setattr(static_tpu_linear, "cycles_of", cycles)
+    assert run("--what=linear", "--target=v5e") == 0
+    lines = capsys.readouterr().out.splitlines()
+    words = [line.split() for line in lines]
+    # 32 heads of 4096 tokens at 1.5 GHz.
+    assert ["retention", "forward", "v5e", "256", "5.00", "437"] in [line[:6] for line in words]
+    assert sum("no estimate: because" in line for line in lines) == 2
+    chunks = [line[3] for line in words if line[:3] == ["mlstm", "backward", "v5e"]]
+    assert chunks == ["256", "64", "128", "256", "512"]
 
 
 def test_without_the_plugin_the_gpu_report_is_one_line(monkeypatch, capsys):
