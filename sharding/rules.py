@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sharding.settings import InputError
+from sharding.settings import InputError, nearest
 
 MeshAxes = tuple[str, ...]
 Axes = tuple[str | None, ...]
@@ -33,18 +33,31 @@ RULES: Mapping[str, MeshAxes] = {
 }
 
 
-def partition_spec(axes: Axes, rules: Mapping[str, MeshAxes] = RULES) -> PartitionSpec:
+def partition_spec(axes: Axes, name: str = "an array") -> PartitionSpec:
     """The partition of an array whose axes have these logical names (None: not sharded).
 
+    Args:
+      axes: a name of the table for each axis.
+      name: what an error calls the array.
+
     Raises:
-      KeyError: a name that is not in the table.
-      ValueError: two axes of the array would lie on one mesh axis.
+      ValueError: a name that is not in the table, or two axes that would lie on one mesh axis.
     """
-    entries = [() if axis is None else rules[axis] for axis in axes]
+    for axis in axes:
+        if axis is not None and axis not in RULES:
+            raise ValueError(
+                f"{name} has an axis {axis!r}, which is not in the table{nearest(axis, RULES)}; "
+                f"it has {', '.join(RULES)}"
+            )
+    entries = [() if axis is None else RULES[axis] for axis in axes]
     used = [mesh_axis for entry in entries for mesh_axis in entry]
     for mesh_axis in used:
-        if used.count(mesh_axis) > 1:
-            raise ValueError(f"axes {axes}: two of them lie on mesh axis {mesh_axis!r}")
+        both = [axis for axis in axes if axis is not None and mesh_axis in RULES[axis]]
+        if len(both) > 1:
+            raise ValueError(
+                f"{name}: its axes {' and '.join(map(repr, both))} would both lie on mesh axis "
+                f"{mesh_axis!r}; name one of them None, or give it a rule of its own"
+            )
     return PartitionSpec(*(entry if len(entry) > 1 else (entry or (None,))[0] for entry in entries))
 
 

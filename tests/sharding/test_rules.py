@@ -21,13 +21,18 @@ def test_partition_follows_the_table():
     assert rules.partition_spec(()) == PartitionSpec()
 
 
-def test_two_axes_on_one_mesh_axis_are_refused():
-    with pytest.raises(ValueError, match="'tensor'"):
-        rules.partition_spec(("heads", "mlp"))
-    with pytest.raises(ValueError, match="'fsdp'"):
+def test_two_axes_on_one_mesh_axis_are_refused_by_name():
+    with pytest.raises(ValueError, match="w: its axes 'heads' and 'mlp' .* mesh axis 'tensor'"):
+        rules.partition_spec(("heads", "embed", "mlp"), "w")
+    with pytest.raises(ValueError, match="'batch' and 'embed' .* mesh axis 'fsdp'"):
         rules.partition_spec(("batch", "embed"))
-    with pytest.raises(KeyError):
-        rules.partition_spec(("colour",))
+    with pytest.raises(ValueError, match="'heads' and 'heads'"):
+        rules.partition_spec(("heads", "heads"))
+
+
+def test_an_unknown_axis_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"w has an axis 'head'.*did you mean \"heads\""):
+        rules.partition_spec(("embed", "head"), "w")
 
 
 def test_indivisible_dimension_names_array_axis_and_size(mesh):
