@@ -22,9 +22,9 @@ def test_partition_follows_the_table():
 
 
 def test_two_axes_on_one_mesh_axis_are_refused_by_name():
-    with pytest.raises(ValueError, match="w: its axes 'heads' and 'mlp' .* mesh axis 'tensor'"):
+    with pytest.raises(ValueError, match=r"w: its axes 'heads' and 'mlp' .* mesh axis 'tensor'"):
         rules.partition_spec(("heads", "embed", "mlp"), "w")
-    with pytest.raises(ValueError, match="'batch' and 'embed' .* mesh axis 'fsdp'"):
+    with pytest.raises(ValueError, match=r"'batch' and 'embed' .* mesh axis 'fsdp'"):
         rules.partition_spec(("batch", "embed"))
     with pytest.raises(ValueError, match="'heads' and 'heads'"):
         rules.partition_spec(("heads", "heads"))
