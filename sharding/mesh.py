@@ -7,7 +7,7 @@ import math
 import typing
 from collections.abc import Sequence
 
-from sharding.settings import InputError, option
+from sharding.settings import InputError, check_choices, option
 
 # The configuration of a run is read without jax, which takes a second to import.
 if typing.TYPE_CHECKING:
@@ -29,9 +29,24 @@ class MeshConfig:
     expert: int = option(1, "parts of the experts (of a mixture-of-experts layer)", resume="free")
     sequence: int = option(1, "parts of the sequence", resume="free")
     tensor: int = option(1, "parts of heads and MLP width", resume="free")
+    sequence_attention: str = option(
+        "auto",
+        "how attention sees the other parts of the sequence: gather (their keys and values), "
+        "heads (all positions of some heads), ring (keys and values go around), auto (by sizes)",
+        resume="free",
+        choices=("auto", "gather", "heads", "ring"),
+    )
+    sequence_state: str = option(
+        "auto",
+        "how a recurrence gets the state before its part of the sequence: gather (all states), "
+        "steps (log2 of the parts, each of one state), auto (gather up to 8 parts)",
+        resume="free",
+        choices=("auto", "gather", "steps"),
+    )
 
     def __post_init__(self):
-        sizes = dataclasses.astuple(self)
+        check_choices(self)
+        sizes = [getattr(self, axis) for axis in AXES]
         if any(size < 1 and size != -1 for size in sizes):
             raise InputError(f"mesh {self.describe()}: each axis is at least 1, or -1 for the rest")
         if sizes.count(-1) > 1:
