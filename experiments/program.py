@@ -35,12 +35,15 @@ from absl import flags as absl_flags
 
 from parscale import config_io
 from parscale.config import Config
+from sharding import hosts
 from sharding.settings import InputError, nearest
 
 PRESETS = pathlib.Path(__file__).parent / "configs"
 ALLOCATOR = (
     "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
 )
+ORDERLY = (0, 130, 143)
+"""Exit codes that `main` returns where all processes of a run end together."""
 ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
 
 Made = TypeVar("Made")
@@ -79,6 +82,19 @@ def new_flags(config: bool = False) -> absl_flags.FlagValues:
                 FieldParser(kind), f"config.{name}", field.default, doc, flag_values=flags
             )
     return flags
+
+
+def add_hosts_flags(flags: absl_flags.FlagValues) -> None:
+    """Defines a flag for every field of `hosts.HostsConfig`, for a program that many hosts run."""
+    for name, kind, field in config_io.leaves(hosts.HostsConfig):
+        doc = field.metadata["doc"]
+        absl_flags.DEFINE(FieldParser(kind), name, field.default, doc, flag_values=flags)
+
+
+def load_hosts(flags: absl_flags.FlagValues) -> hosts.HostsConfig:
+    """What `add_hosts_flags` made. Raises InputError for values that do not fit together."""
+    names = [leaf.name for leaf in config_io.leaves(hosts.HostsConfig)]
+    return hosts.HostsConfig(**{name: flags[name].value for name in names})
 
 
 def presets(function: str = "get_config") -> list[str]:
@@ -250,7 +266,8 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
     """Runs a program and leaves the process with an honest exit code.
 
     0 finished; 2 bad input, told in one line; 130 or 143 interrupted; 1 anything else. What `main`
-    returns is the exit code, None being 0.
+    returns is the exit code, None being 0. A program that began with `hosts.start` leaves the other
+    processes here, or ends them where it failed.
 
     Args:
       main: the program, given its parsed flags; its docstring, or else its module's, is the text
@@ -265,23 +282,26 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
     if {"--help", "-help", "-h"}.intersection(argv[1:]):
         _print_help(usage(flags, main.__doc__ or main.__globals__["__doc__"] or ""))
         sys.exit(0)
+    reason, orderly = "", False
     try:
         parse(flags, argv)
         # Libraries that define flags of their own read them from here.
         if not absl_flags.FLAGS.is_parsed():
             absl_flags.FLAGS(argv[:1])
         code = main(flags) or 0
+        orderly = code in ORDERLY
     except InputError as error:
         fail(error)
-        code = 2
+        reason, code = str(error), 2
     except KeyboardInterrupt:
-        code = 130
+        reason, code = "it was interrupted", 130
     except BrokenPipeError:
         _leave_closed_pipe()
         code = 1
-    except Exception:
+    except Exception as error:
+        reason, code = f"{type(error).__name__}: {error}", 1
         traceback.print_exc()
-        code = 1
+    hosts.leave(code, reason, orderly)
     sys.exit(code)
 
 
@@ -330,7 +350,9 @@ class Interruption:
 
     signals = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self):
+    def __init__(self, *signals: int):
+        """Records these signals; both by default."""
+        self.signals = signals or self.signals
         self.requested: int | None = None
         self._seen: set[int] = set()
         self._previous: dict[int, object] = {}

@@ -3,16 +3,21 @@
     python -m experiments.train --config=experiments/configs/tiny.py --workdir=/tmp/tiny
 
 The same command again goes on from the last complete checkpoint. Ctrl-C and SIGTERM save first.
+On many hosts, the same command on each of them; where no cluster is detected, with --coordinator,
+--num_processes and --process_id. The workdir is on storage that all of them share.
 """
 
+import signal
 import sys
 
 from absl import flags
 
 from experiments import program
+from sharding import hosts
 from sharding.settings import InputError
 
 FLAGS = program.new_flags(config=True)
+program.add_hosts_flags(FLAGS)
 flags.DEFINE_string(
     "workdir", "", "folder of the run; default: runs/<name of the preset>", flag_values=FLAGS
 )
@@ -41,9 +46,12 @@ def main(options: flags.FlagValues) -> int | None:
     workdir = options.workdir or program.default_workdir(options)
     config = program.load_config(options, workdir)
     profile_steps = read_profile_steps(options.profile_steps)
+    several = hosts.start(program.load_hosts(options))
     from parscale import checkpoints, run
 
-    with program.Interruption() as interruption:
+    # With several processes, JAX's preemption service takes SIGTERM, and tells the others.
+    signals = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    with program.Interruption(*signals) as interruption:
         try:
             result = run.train(
                 config,
@@ -58,7 +66,7 @@ def main(options: flags.FlagValues) -> int | None:
             return program.fail(OSError(f"{workdir}: {error}; complete checkpoints are kept"))
     if result is None:
         run.print_once("interrupted and saved; the same command goes on from here", sys.stderr)
-        return interruption.exit_code
+        return interruption.exit_code or 128 + signal.SIGTERM
     return None
 
 

@@ -4,6 +4,7 @@ A row reaches the file whole and at once, so a kill costs at most the row being 
 run drops the rows beyond the step it goes on from: the file reads as if nothing had interrupted it.
 """
 
+import contextlib
 import csv
 import io
 import os
@@ -27,6 +28,19 @@ COLUMNS = (
     "bits_per_byte",
 )
 _COUNTS = frozenset({"step", "tokens", "skipped"})
+
+
+class NoMetrics(contextlib.AbstractContextManager):
+    """What the other processes of a run have in the place of process 0's `MetricsWriter`."""
+
+    def __exit__(self, kind, error, trace) -> None:
+        pass
+
+    def write(self, step: int, **values: float | int | None) -> None:
+        """Writes nothing."""
+
+    def flush(self) -> None:
+        """Has nothing to write."""
 
 
 class MetricsWriter:

@@ -3,9 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
-import math
 import os
 import sys
 import time
@@ -14,26 +11,22 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import jaxlib
 import numpy as np
 
-from parscale import config_io, data, flops, generate, ngrams, restart, workdir
+from parscale import config_io, data, flops, restart, workdir
 from parscale.checkpoints import Checkpoints
 from parscale.config import Config
-from parscale.loss import perplexity
-from parscale.metrics import MetricsWriter
-from parscale.progress import Progress, format_seconds
-from parscale.provenance import provenance
+from parscale.finish import DivergedError, finish, read_result
+from parscale.host_data import held_out_loss, train_batches
+from parscale.metrics import MetricsWriter, NoMetrics
+from parscale.progress import Progress
 from parscale.quiet import quiet_late_writes
 from parscale.restart import Record
 from parscale.training import Training, TrainState
+from sharding import agreement, hosts
 from sharding.mesh import make_mesh
 from sharding.settings import InputError
-
-SAMPLE_PROMPTS = ("def ", "import ", "class ")
-
-
-class DivergedError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
 
 
 @quiet_late_writes()
@@ -49,26 +42,33 @@ def train(
 ) -> dict[str, Any] | None:
     """Trains, or goes on with, the run in a workdir.
 
+    After `hosts.start` on several processes, all of them call this with the same arguments; the
+    workdir is on storage that they share, and process 0 alone writes to it, but for checkpoints.
+
     Args:
       config: the run.
       folder: its workdir; made if it is not there.
       grow_streams: let a run go on with more streams than it has.
       profile_steps: first and last step of a profiler trace, written to `profile/`; those of them
         that were done earlier are left out.
-      should_stop: asked after every step; the run then saves and ends early.
+      should_stop: asked after every step; the run then saves and ends early, on all processes if
+        it is said on one.
       devices: those of the mesh; all by default.
-      log: where progress is shown; standard error by default.
+      log: where process 0 shows progress; standard error by default.
 
     Returns:
       what `result.json` holds, or None if the run was stopped early.
 
     Raises:
-      InputError: the configuration, corpus, weights or workdir do not fit; no step was done.
+      InputError: the configuration, corpus, weights or workdir do not fit, or are not the same on
+        all processes; no step was done.
       DivergedError: `train.max_bad_steps` steps in a row were not finite.
       SaveError: a checkpoint could not be written.
     """
     folder = Path(folder)
     run = workdir.run_folder(folder, config)
+    agreement.check_same("the run", what_must_agree(config, grow_streams, profile_steps))
+    agreement.check_shared(folder)
     saved = restart.saved_config(run)
     if saved is not None:
         config_io.check_resumable(saved, config, grow=grow_streams)
@@ -76,7 +76,8 @@ def train(
     log = sys.stderr if log is None else log
     say = functools.partial(print_once, file=log)
     text = data.open_data(config.data, config.model.vocab_size)
-    batches = data.train_batches(text, config.data, jax.process_index(), jax.process_count())
+    agreement.check_same("what is read", {f"corpus {config.data.corpus}": text.corpus_hash})
+    batches = train_batches(training, text)
     given = restart.starting_params(config, folder, run)
     with Checkpoints(run / workdir.CHECKPOINTS, config.train.keep) as checkpoints:
         state, record = restart.start(training, checkpoints, given, text.corpus_hash)
@@ -88,26 +89,42 @@ def train(
             )
         if record.data is not None:
             batches.set_state(record.data)
-        config_io.to_json(config, run / workdir.CONFIG)
-        result = read_result(run)
+        result = agreement.from_process_0(lambda: read_result(run))
+        if jax.process_index() == 0:
+            config_io.to_json(config, run / workdir.CONFIG)
         if step == config.train.steps and result is not None:
             say(f"all {step} steps were done before; results in {run / workdir.RESULT}")
             return result
-        with MetricsWriter(run, step) as metrics:
-            (run / workdir.RESULT).unlink(missing_ok=True)
+        with contextlib.ExitStack() as open_:
+            if jax.process_index() == 0:
+                metrics = open_.enter_context(MetricsWriter(run, step))
+                (run / workdir.RESULT).unlink(missing_ok=True)
+            else:
+                metrics, log = NoMetrics(), open_.enter_context(open(os.devnull, "w"))
             describe(config, training, text, step, say)
             loop = Loop(training, text, checkpoints, metrics, batches, record, should_stop, log)
             with profiled(run, profile_steps) as at_step:
                 state = loop.run(state, at_step)
             if int(state.step) < config.train.steps:
                 return None
-            return finish(training, text, state, loop, run, say)
+            loss = loop.final_loss
+            if loss is None:  # the run was killed between its last checkpoint and here
+                loss = held_out_loss(training, text, state)
+            return finish(training, text, state, record, loss, run, say)
 
 
-def read_result(run: Path) -> dict[str, Any] | None:
-    """What `result.json` holds, if there is one."""
-    path = run / workdir.RESULT
-    return json.loads(path.read_text()) if path.exists() else None
+def what_must_agree(
+    config: Config, grow_streams: bool, profile_steps: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What has to be the same on all hosts for their collectives to be, by name."""
+    return {
+        **{f"--config.{name}": value for name, value in config_io.flatten(config).items()},
+        "--grow_streams": grow_streams,
+        "--profile_steps": profile_steps,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "the number of devices of a host": jax.local_device_count(),
+    }
 
 
 def describe(
@@ -167,7 +184,7 @@ class Loop:
         training: Training,
         text: data.Data,
         checkpoints: Checkpoints,
-        metrics: MetricsWriter,
+        metrics: MetricsWriter | NoMetrics,
         batches: Any,
         record: Record,
         should_stop: Callable[[], bool],
@@ -187,6 +204,7 @@ class Loop:
         self._row_tokens = row_tokens
         self._last_save = time.monotonic()
         self._last_report = None
+        self._meetings = agreement.Meetings()
         self.final_loss: float | None = None
 
     def run(self, state: TrainState, at_step: Callable[[int, TrainState], None]) -> TrainState:
@@ -201,17 +219,16 @@ class Loop:
             every=train.log_every,
             file=self.log,
         ) as progress:
-            while step < train.steps and not self.should_stop():
+            while step < train.steps and not agreement.stop_at(step, self.should_stop):
                 at_step(step + 1, state)
                 batch = next(self.batches)
                 state, metrics = self.training.step(state, batch)
                 step += 1
                 if pending:
                     self._report(progress, *pending)
-                pending = step, metrics
-                self.record.consume(batch["row"], int(batch["mask"].sum()))
+                pending = step, metrics, batch["row"]
                 self.record.seconds = progress.elapsed()
-                evaluation, save = self._evaluation_due(step), self._save_due(step)
+                evaluation, save = self._evaluation_due(step), self._save_due(step, progress)
                 if evaluation or save:
                     # No checkpoint may be ahead of the rows that a kill leaves in metrics.csv.
                     self._report(progress, *pending)
@@ -238,13 +255,21 @@ class Loop:
         )
         self._last_save = time.monotonic()
 
-    def _save_due(self, step: int) -> bool:
+    def _save_due(self, step: int, progress: Progress) -> bool:
         train = self.training.config.train
-        minutes = (time.monotonic() - self._last_save) / 60
-        return step < train.steps and (
-            bool(train.checkpoint_every and step % train.checkpoint_every == 0)
-            or bool(train.checkpoint_minutes and minutes >= train.checkpoint_minutes)
-        )
+        if step == train.steps:
+            return False
+        by_time = False
+        # Clocks differ: process 0 decides, and says so where all meet.
+        if not hosts.several() or step % train.log_every == 0:
+            by_time, slow = self._meetings.meet(step, self._minutes_are_over)
+            if slow is not None:
+                progress.print(f"step {step}: {slow.describe()}")
+        return by_time or bool(train.checkpoint_every and step % train.checkpoint_every == 0)
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.training.config.train.checkpoint_minutes
+        return bool(minutes) and (time.monotonic() - self._last_save) / 60 >= minutes
 
     def _evaluation_due(self, step: int) -> bool:
         train = self.training.config.train
@@ -259,10 +284,14 @@ class Loop:
         else:
             progress.print(f"step {step}  held-out loss {loss:.4f}  {bits:.4f} bits per byte")
 
-    def _report(self, progress: Progress, step: int, metrics: dict[str, jax.Array]) -> None:
+    def _report(
+        self, progress: Progress, step: int, metrics: dict[str, jax.Array], rows: np.ndarray
+    ) -> None:
         """Reads the metrics of a step that was dispatched, and waits for it if it must."""
         train = self.training.config.train
         values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        # The tokens of all hosts, which no host has read alone.
+        self.record.consume(rows, int(values["tokens"]))
         progress.update(step, values["loss"], int(values["tokens"]))
         if values["bad_streak"]:
             progress.print(
@@ -293,104 +322,3 @@ class Loop:
                 tflops_per_second=speed and speed * self._step_flops / 1e12,
                 seconds=self.record.seconds,
             )
-
-
-def held_out_loss(training: Training, text: data.Data, state: TrainState) -> float:
-    """Mean loss over the held-out rows of the configuration, nats per token."""
-    config = training.config
-    total, tokens = 0.0, 0.0
-    for batch in held_out(training, text):
-        total += float(np.sum(np.asarray(training.evaluate(state, batch)), dtype=np.float64))
-        tokens += float(batch["mask"].sum())
-    if not tokens:
-        raise InputError(f"corpus {config.data.corpus}: no held-out token to predict")
-    return total / tokens
-
-
-def held_out(training: Training, text: data.Data) -> Iterator[data.Batch]:
-    """The batches of an evaluation."""
-    config = training.config
-    return data.held_out_batches(text, config.data.batch, config.train.eval_rows)
-
-
-def finish(
-    training: Training,
-    text: data.Data,
-    state: TrainState,
-    loop: Loop,
-    run: Path,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Evaluates, samples, and writes and returns the result of a whole run."""
-    config = training.config
-    loss = loop.final_loss
-    if loss is None:  # the run was killed between its last checkpoint and here
-        loss = held_out_loss(training, text, state)
-    if not math.isfinite(loss):
-        raise DivergedError(
-            f"the held-out loss after the last step is {loss}. Try a lower train.learning_rate "
-            "or a longer train.warmup_steps, in a new --workdir"
-        )
-    bits = text.bits_per_byte(loss)
-    say(f"held-out loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
-    baselines = {}
-    if text.tokenizer.fingerprint == "bytes":
-        counts = ngrams.count(text.train.tokens)
-        baselines = ngrams.bits_per_byte(counts, held_out(training, text))
-        say(
-            "byte models counted on the same training bytes: "
-            + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items())
-        )
-    counts = flops.parameter_counts(config.model)
-    step_flops = flops.train_flops(config.model, config.data.length, config.data.batch)
-    result = {
-        "steps": config.train.steps,
-        "tokens": loop.record.tokens,
-        "seconds": round(loop.record.seconds, 3),
-        "held_out_loss": loss,
-        "perplexity": perplexity(loss),
-        "bits_per_byte": bits,
-        "ngram_bits_per_byte": baselines,
-        "skipped_steps": int(state.skipped),
-        "streams": config.model.streams,
-        "parameters": counts["total"],
-        "non_embedding_parameters": counts["non_embedding"],
-        "flops": step_flops * config.train.steps,
-        "weights_sha256": weights_digest(state),
-        "examples_sha256": loop.record.examples,
-        "corpus_sha256": text.corpus_hash,
-        "tokenizer": text.tokenizer.fingerprint,
-    } | provenance(training.mesh)
-    if jax.process_index() == 0:
-        path = run / workdir.RESULT
-        path.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(path.with_suffix(".partial"), path)
-    if config.train.sample_tokens:
-        show_samples(training, text, state)
-    say(f"{format_seconds(loop.record.seconds)} of training; results in {run}")
-    return result
-
-
-def show_samples(training: Training, text: data.Data, state: TrainState) -> None:
-    """Prints what the model writes after a few beginnings."""
-    texts = generate.complete(
-        training.model(state),
-        text.tokenizer,
-        SAMPLE_PROMPTS,
-        training.config.train.sample_tokens,
-        generate.Sampling(temperature=0.8, seed=0),
-    )
-    for prompt, new in zip(SAMPLE_PROMPTS, texts, strict=True):
-        print(f"--- sample\n{prompt}{new}")
-
-
-def weights_digest(state: TrainState) -> str | None:
-    """SHA-256 over all parameters in order of name; None where this process lacks some of them."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.params())
-    if not all(leaf.is_fully_addressable for _, leaf in leaves):
-        return None
-    digest = hashlib.sha256()
-    for path, leaf in leaves:
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()

@@ -1,0 +1,161 @@
+"""The threads by which each of several processes shows that it lives, and learns that one does not.
+
+Every process shows once a second that it lives, in the key-value store of JAX's coordination
+service. One that stays silent is lost; one that fails says so. Either way all others print one
+line that names it, and end with a non-zero code, so that whatever started them can start all of
+them again. JAX's own heartbeat ends them, too, but with a stack trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+ROOT = "parscale"
+FOREVER = 30 * 24 * 3600.0
+"""Seconds; waiting is ended by the watch, not by a time limit."""
+
+GO_ON = "the same command on every host goes on from the last checkpoint"
+
+
+class Watch:
+    """The threads that show that this process lives, and learn what became of the others."""
+
+    def __init__(self, heartbeat: float):
+        from jax._src import distributed
+
+        state = distributed.global_state
+        self.client, self.process, self.count = state.client, state.process_id, state.num_processes
+        self.heartbeat = heartbeat
+        self.period = min(1.0, heartbeat / 4)
+        self._left = threading.Event()
+        self._answered = time.monotonic()
+        self.client.key_value_set(f"{ROOT}/host/{self.process}", socket.gethostname())
+        for loop in (self._beat, self._look, self._listen):
+            threading.Thread(target=loop, daemon=True, name=f"hosts{loop.__name__}").start()
+
+    def _beat(self) -> None:
+        for number in itertools.count():
+            try:
+                self.client.key_value_set(f"{ROOT}/beat/{self.process}", str(number), True)
+            except RuntimeError:
+                return  # the coordinator is gone, which `_listen` tells
+            self._answered = time.monotonic()
+            if self._left.wait(self.period):
+                return
+
+    def _look(self) -> None:
+        """Process 0 looks after all others, and they after it, which serves the store."""
+        changed = dict.fromkeys(range(self.count), ("", time.monotonic()))
+        while not self._left.wait(self.period):
+            now = time.monotonic()
+            if self.process:
+                if now - self._answered > self.heartbeat:
+                    self._end(_lost(0, "the coordinator", self.heartbeat))
+                continue
+            with contextlib.suppress(RuntimeError):
+                for key, beat in self.client.key_value_dir_get(f"{ROOT}/beat"):
+                    process = int(key.rpartition("/")[2])
+                    if beat != changed[process][0]:
+                        changed[process] = beat, now
+            silent = [process for process in changed if now - changed[process][1] > self.heartbeat]
+            if silent:
+                lost = _lost(silent[0], self._host(silent[0]), self.heartbeat)
+                if silent[1:]:
+                    lost["text"] += f" (as were {', '.join(map(str, silent[1:]))})"
+                self._tell(lost)
+                return
+
+    def _listen(self) -> None:
+        """Waits for the news that ends the run."""
+        try:
+            news = json.loads(self.client.blocking_key_value_get(f"{ROOT}/end", int(FOREVER * 1e3)))
+        except RuntimeError:
+            news = {"process": 0, "code": 1}
+            news["text"] = "process 0, the coordinator, was lost: its connection is closed"
+        if not self._left.is_set() and news["process"] != self.process:
+            self._end(news)
+
+    def _host(self, process: int) -> str:
+        try:
+            return self.client.key_value_try_get(f"{ROOT}/host/{process}")
+        except RuntimeError:
+            return "an unknown host"
+
+    def _tell(self, news: dict[str, Any]) -> None:
+        """Makes the news known, unless other news came first."""
+        with contextlib.suppress(RuntimeError):
+            self.client.key_value_set(f"{ROOT}/end", json.dumps(news))
+        if news["process"] != self.process:
+            time.sleep(2 * self.period)  # `_listen` ends this process
+
+    def _end(self, news: dict[str, Any]) -> None:
+        say(f"error: {news['text']}; {GO_ON}")
+        self._exit(news["code"])
+
+    def _exit(self, code: int) -> None:
+        """Ends this process at once: its collectives, and JAX's own farewell, would hang."""
+        with contextlib.suppress(RuntimeError, OSError):
+            if self.process:
+                self.client.key_value_set(f"{ROOT}/gone/{self.process}", "")
+            else:
+                # With process 0 goes the store in which the others read why.
+                deadline = time.monotonic() + 1
+                while time.monotonic() < deadline:
+                    if len(self.client.key_value_dir_get(f"{ROOT}/gone")) == self.count - 1:
+                        break
+                    time.sleep(0.05)
+        os._exit(code)
+
+    def finish(self) -> None:
+        """The orderly end."""
+        import jax
+
+        self.client.wait_at_barrier(f"{ROOT}/leave", int(FOREVER * 1e3))
+        self._left.set()
+        if self.process == 0:
+            self.client.key_value_set(f"{ROOT}/end", json.dumps({"process": -1}))
+        jax.distributed.shutdown()
+
+    def fail(self, code: int, reason: str) -> None:
+        """Tells the others that this process failed, and ends it."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if code == 1:
+            self._await_others()
+        text = f"process {self.process} on {socket.gethostname()} failed: "
+        self._tell(
+            {
+                "process": self.process,
+                "code": code,
+                "text": text + (reason or "its own output says why"),
+            }
+        )
+        self._exit(code)
+
+    def _await_others(self) -> None:
+        """Gives the watch time to find out that another process was lost before this one failed."""
+        deadline = time.monotonic() + self.heartbeat + 2 * self.period
+        with contextlib.suppress(RuntimeError):
+            self.client.key_value_set(f"{ROOT}/failing/{self.process}", "", True)
+            while time.monotonic() < deadline:
+                if len(self.client.key_value_dir_get(f"{ROOT}/failing")) == self.count:
+                    return
+                time.sleep(0.1)
+
+
+def _lost(process: int, host: str, seconds: float) -> dict[str, Any]:
+    text = f"process {process} on {host} was lost: it gave no sign of life for {seconds:g} s"
+    return {"process": process, "code": 1, "text": text}
+
+
+def say(line: str) -> None:
+    """One line on stderr, past any lock that a thread which hangs may hold."""
+    os.write(2, (line.replace("\n", " ") + "\n").encode())
