@@ -105,7 +105,9 @@ class LanguageModel(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
         # Rows gathered from a table that is whole along D come out split as `ids` are.
-        x = rules.constrain(self.embedding[...], "vocab", None)[ids].astype(self.config.dtype)
+        # Laid out as it is stored first: of the gradient's sum a device then takes its part only.
+        table = rules.constrain(self.embedding[...], "vocab", "embed")
+        x = rules.constrain(table, "vocab", None)[ids].astype(self.config.dtype)
         shape = (ids.shape[0], self.config.streams, *x.shape[1:])
         x = rules.constrain(jnp.broadcast_to(x[:, None], shape), *STREAM_ACTIVATIONS)
         if cache is not None:

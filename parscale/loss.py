@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sharding import rules
+
 
 def token_losses(
     x: Float[Array, "B T D"],
@@ -26,7 +28,7 @@ def token_losses(
     """
     length = x.shape[1]
 
-    def losses(x, targets):
+    def losses(x, targets, head):
         # Cast here, not outside: the chunks' parts of the head's gradient then add up in float32.
         logits = jnp.einsum(
             "btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32
@@ -34,8 +36,12 @@ def token_losses(
         picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
         return jax.nn.logsumexp(logits, -1) - picked
 
+    devices = rules.parts("chunk")
+    pieces = (min(length, chunk), length % chunk)
+    if devices > 1 and all(piece % devices == 0 for piece in pieces):
+        losses, head = _shared(losses, devices), _copies(head, devices)
     if length <= chunk:
-        return losses(x, targets)
+        return losses(x, targets, head)
     losses = jax.checkpoint(losses)
     whole = length // chunk * chunk
 
@@ -44,12 +50,41 @@ def token_losses(
         return jnp.moveaxis(parts, 1, 0)
 
     _, parts = jax.lax.scan(
-        lambda _, part: (None, losses(*part)), None, (chunks(x), chunks(targets))
+        lambda _, part: (None, losses(*part, head)), None, (chunks(x), chunks(targets))
     )
     done = jnp.moveaxis(parts, 0, 1).reshape(x.shape[0], whole)
     if whole == length:
         return done
-    return jnp.concatenate([done, losses(x[:, whole:], targets[:, whole:])], 1)
+    return jnp.concatenate([done, losses(x[:, whole:], targets[:, whole:], head)], 1)
+
+
+def _copies(head, devices):
+    """The head as each of the devices that share a chunk has it, `[devices, D, V]`, whole along D.
+
+    The gradient of a copy is of one device's positions. It is summed over the devices that have
+    other rows first, each taking its part, and those parts over the copies.
+    """
+    copies = jnp.broadcast_to(head, (devices, *head.shape))
+    copies = rules.constrain(copies, "chunk", "embed", "vocab")
+    return rules.constrain(copies, "chunk", None, "vocab")
+
+
+def _shared(losses, devices):
+    """`losses`, its positions shared among the devices that had the streams."""
+
+    def shared(x, targets, head):
+        def split(array):
+            # Whole chunks before, or the compiler would divide a row among the devices otherwise,
+            # and exchange its parts.
+            rest = (None for _ in array.shape[2:])
+            array = rules.constrain(array, "batch", None, *rest)
+            parts = array.reshape(array.shape[0], devices, -1, *array.shape[2:])
+            return rules.constrain(parts, "batch", "chunk", *(None for _ in parts.shape[2:]))
+
+        found = jax.vmap(losses, (1, 1, 0), 1)(split(x), split(targets), head)
+        return rules.constrain(found.reshape(targets.shape), "batch", None)
+
+    return shared
 
 
 def perplexity(loss: float) -> float:

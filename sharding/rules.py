@@ -4,6 +4,7 @@ Parameters, optimizer state, activations, batches and checkpoints are all sharde
 The mesh is the ambient one (`jax.set_mesh`); with none, or with one device, nothing is constrained.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -18,6 +19,7 @@ RULES: Mapping[str, MeshAxes] = {
     # activations
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
+    "chunk": ("sequence", "stream"),  # positions whose logits exist at once
     # parameters
     "layers": (),
     "embed": ("fsdp",),
@@ -83,6 +85,12 @@ def is_sharded() -> bool:
     """Whether arrays here spread over more than one device: on a mesh, outside of `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual
+
+
+def parts(axis: str) -> int:
+    """How many parts a logical axis is in on the ambient mesh; 1 where there is no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in RULES[axis]) if is_sharded() else 1
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
