@@ -94,9 +94,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(devices))
     if devices[0].platform == "tpu":
-        from jax.experimental import mesh_utils
-
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        grid = _tpu_grid(config, shape, devices)
     else:
         grid = np.asarray(devices).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _tpu_grid(config: MeshConfig, shape: tuple[int, ...], devices: Sequence[jax.Device]):
+    """The devices laid out so that neighbours on an axis are neighbours in their torus."""
+    from jax.experimental import mesh_utils
+
+    # Physical axes are split because those of v5e and v6e are only two, of 16 chips.
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *rest = shape
+    if data % slices:
+        raise InputError(
+            f"mesh {config.describe()}: data={data} is not a multiple of the {slices} slices, "
+            "which only the data axis crosses"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *rest),
+        (slices, *(1 for _ in rest)),
+        devices,
+        allow_split_physical_axes=True,
+    )
