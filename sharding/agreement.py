@@ -172,10 +172,13 @@ class Meetings:
 
     CLEARLY = 0.1
     """Share of a step that the others wait from which on a process is called slow."""
+    LEAST_SECONDS = 0.02
+    """Less than this is noise."""
 
     def __init__(self):
         self._last: tuple[int, float] | None = None
         self._step_seconds = 0.0
+        self._suspect: int | None = None
 
     def meet(self, step: int, due: Callable[[], bool]) -> tuple[bool, Slow | None]:
         """Waits for the others.
@@ -185,7 +188,7 @@ class Meetings:
           due: a question that process 0 answers for all.
 
         Returns:
-          the answer, and on process 0 who was clearly slow at the meeting before.
+          the answer, and on process 0 who was clearly slow at the last two meetings.
         """
         if not hosts.several():
             return due(), None
@@ -205,7 +208,9 @@ class Meetings:
     def _slowest(self, client: Any) -> Slow | None:
         found = client.key_value_dir_get(f"{ROOT}/wait")
         waits = {int(key.rpartition("/")[2]): float(wait) for key, wait in found}
-        return slowest(waits, self.CLEARLY * self._step_seconds)
+        slow = slowest(waits, max(self.CLEARLY * self._step_seconds, self.LEAST_SECONDS))
+        before, self._suspect = self._suspect, slow and slow.process
+        return slow if slow and slow.process == before else None
 
 
 def slowest(waits: Mapping[int, float], least: float) -> Slow | None:
@@ -219,4 +224,4 @@ def slowest(waits: Mapping[int, float], least: float) -> Slow | None:
     last = min(waits, key=waits.get)
     others = [wait for process, wait in waits.items() if process != last]
     late = statistics.median(others) - waits[last]
-    return Slow(last, late) if 0 < least < late else None
+    return Slow(last, late) if late > least else None

@@ -35,10 +35,12 @@ class Watch:
         self.client, self.process, self.count = state.client, state.process_id, state.num_processes
         self.heartbeat = heartbeat
         self.period = min(1.0, heartbeat / 4)
+        self._coordinator = state.coordinator_address
         self._left = threading.Event()
         self._answered = time.monotonic()
         self.client.key_value_set(f"{ROOT}/host/{self.process}", socket.gethostname())
-        for loop in (self._beat, self._look, self._listen):
+        self._host_0 = self.client.blocking_key_value_get(f"{ROOT}/host/0", int(FOREVER * 1e3))
+        for loop in (self._beat, self._look, self._listen, self._hold):
             threading.Thread(target=loop, daemon=True, name=f"hosts{loop.__name__}").start()
 
     def _beat(self) -> None:
@@ -58,7 +60,7 @@ class Watch:
             now = time.monotonic()
             if self.process:
                 if now - self._answered > self.heartbeat:
-                    self._end(_lost(0, "the coordinator", self.heartbeat))
+                    self._end(_lost(0, self._host_0, f"no answer for {self.heartbeat:g} s"))
                 continue
             with contextlib.suppress(RuntimeError):
                 for key, beat in self.client.key_value_dir_get(f"{ROOT}/beat"):
@@ -67,27 +69,38 @@ class Watch:
                         changed[process] = beat, now
             silent = [process for process in changed if now - changed[process][1] > self.heartbeat]
             if silent:
-                lost = _lost(silent[0], self._host(silent[0]), self.heartbeat)
+                why = f"no sign of life for {self.heartbeat:g} s"
                 if silent[1:]:
-                    lost["text"] += f" (as were {', '.join(map(str, silent[1:]))})"
-                self._tell(lost)
+                    why += f" (nor from {', '.join(map(str, silent[1:]))})"
+                host = self.client.key_value_try_get(f"{ROOT}/host/{silent[0]}")
+                self._tell(_lost(silent[0], host, why))
                 return
 
     def _listen(self) -> None:
         """Waits for the news that ends the run."""
-        try:
+        with contextlib.suppress(RuntimeError):  # then process 0 is gone, which `_hold` tells
             news = json.loads(self.client.blocking_key_value_get(f"{ROOT}/end", int(FOREVER * 1e3)))
-        except RuntimeError:
-            news = {"process": 0, "code": 1}
-            news["text"] = "process 0, the coordinator, was lost: its connection is closed"
-        if not self._left.is_set() and news["process"] != self.process:
-            self._end(news)
+            if not self._left.is_set() and news["process"] != self.process:
+                self._end(news)
 
-    def _host(self, process: int) -> str:
-        try:
-            return self.client.key_value_try_get(f"{ROOT}/host/{process}")
-        except RuntimeError:
-            return "an unknown host"
+    def _hold(self) -> None:
+        """Notices at once when process 0 ends, by a connection that nothing is said over.
+
+        JAX notices, too, and aborts, often on the thread that would tell any other.
+        """
+        host, _, port = self._coordinator.rpartition(":")
+        while self.process and not self._left.is_set():
+            try:
+                line = socket.create_connection((host.strip("[]"), int(port)), self.heartbeat)
+            except OSError:
+                if not self._left.is_set():
+                    self._end(_lost(0, self._host_0, "it takes no connections"))
+                return
+            with line, contextlib.suppress(OSError):
+                line.settimeout(None)
+                while line.recv(4096):
+                    pass
+            self._left.wait(0.05)
 
     def _tell(self, news: dict[str, Any]) -> None:
         """Makes the news known, unless other news came first."""
@@ -97,19 +110,22 @@ class Watch:
             time.sleep(2 * self.period)  # `_listen` ends this process
 
     def _end(self, news: dict[str, Any]) -> None:
-        say(f"error: {news['text']}; {GO_ON}")
-        self._exit(news["code"])
+        say(f"error: {news['text']}")
+        self._exit(news["code"], news["lost"])
 
-    def _exit(self, code: int) -> None:
+    def _exit(self, code: int, lost: int | None = None) -> None:
         """Ends this process at once: its collectives, and JAX's own farewell, would hang."""
-        with contextlib.suppress(RuntimeError, OSError):
-            if self.process:
+        with contextlib.suppress(RuntimeError):
+            if lost == 0:
+                os._exit(code)  # nobody to tell
+            elif self.process:
                 self.client.key_value_set(f"{ROOT}/gone/{self.process}", "")
             else:
                 # With process 0 goes the store in which the others read why.
                 deadline = time.monotonic() + 1
+                others = self.count - 1 - (lost is not None)
                 while time.monotonic() < deadline:
-                    if len(self.client.key_value_dir_get(f"{ROOT}/gone")) == self.count - 1:
+                    if len(self.client.key_value_dir_get(f"{ROOT}/gone")) >= others:
                         break
                     time.sleep(0.05)
         os._exit(code)
@@ -128,32 +144,31 @@ class Watch:
         """Tells the others that this process failed, and ends it."""
         sys.stdout.flush()
         sys.stderr.flush()
-        if code == 1:
-            self._await_others()
-        text = f"process {self.process} on {socket.gethostname()} failed: "
-        self._tell(
-            {
-                "process": self.process,
-                "code": code,
-                "text": text + (reason or "its own output says why"),
-            }
-        )
+        if not self._all_fail(self.heartbeat + 2 * self.period if code == 1 else 2.0):
+            text = f"process {self.process} on {socket.gethostname()} failed: "
+            text += reason or "its own output says why"
+            self._tell({"process": self.process, "code": code, "text": text, "lost": None})
         self._exit(code)
 
-    def _await_others(self) -> None:
-        """Gives the watch time to find out that another process was lost before this one failed."""
-        deadline = time.monotonic() + self.heartbeat + 2 * self.period
+    def _all_fail(self, seconds: float) -> bool:
+        """Whether every process fails by itself, as all do whose input is the same and bad.
+
+        The time until that is known lets the watch find out, too, that another process was lost:
+        then its loss is why this one fails, and this process ends here.
+        """
+        deadline = time.monotonic() + seconds
         with contextlib.suppress(RuntimeError):
             self.client.key_value_set(f"{ROOT}/failing/{self.process}", "", True)
             while time.monotonic() < deadline:
                 if len(self.client.key_value_dir_get(f"{ROOT}/failing")) == self.count:
-                    return
-                time.sleep(0.1)
+                    return True
+                time.sleep(0.05)
+        return False
 
 
-def _lost(process: int, host: str, seconds: float) -> dict[str, Any]:
-    text = f"process {process} on {host} was lost: it gave no sign of life for {seconds:g} s"
-    return {"process": process, "code": 1, "text": text}
+def _lost(process: int, host: str, why: str) -> dict[str, Any]:
+    text = f"process {process} on {host} was lost: {why}; {GO_ON}"
+    return {"process": process, "code": 1, "text": text, "lost": process}
 
 
 def say(line: str) -> None:
