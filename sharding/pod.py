@@ -37,6 +37,12 @@ _MEMORY = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available \w+ \(([\d.]+)([K
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?)(?:i?B)? of ([\d.]+)([KMGT]?)(?:i?B)? \w+")
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What the compiler is told beside its defaults, for training as for a pod compile."""
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    return dict(COMPILER_OPTIONS) if is_tpu else None
+
+
 class DoesNotFitError(Exception):
     """The compiler found that a program needs more memory than a chip has.
 
@@ -103,7 +109,7 @@ def compile_lowered(lowered: Lowered, mesh: Mesh) -> Needs:
 
     begin = time.monotonic()
     with _out_of_memory():
-        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS)
+        compiled = lowered.compile(compiler_options=compiler_options(mesh))
     seconds = time.monotonic() - begin
     slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
     memory = compiled.memory_analysis()
