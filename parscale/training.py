@@ -20,6 +20,7 @@ from parscale.loss import token_losses
 from parscale.optimizer import learning_rate, make_optimizer
 from sharding import rules
 from sharding.mesh import make_mesh
+from sharding.pod import compiler_options
 
 LEARNS = {
     "all": nnx.Param,
@@ -27,6 +28,12 @@ LEARNS = {
     "all_but_transform": nnx.All(nnx.Param, nnx.Not(TransformParam)),
 }
 """For each `train.trainable`, the weights that learn."""
+
+BATCH = {
+    "ids": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32,
+    "mask": jnp.float32,
+}  # fmt: skip
+"""The arrays `[B, T]` of a batch that the step reads."""
 
 Batch = dict[str, Array]
 Params = dict[str, Any]
@@ -85,7 +92,10 @@ class Training:
         self._init = jax.jit(self._init_state, out_shardings=shardings)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         self._step = jax.jit(
-            self._train_step, donate_argnums=0, out_shardings=(shardings, replicated)
+            self._train_step,
+            donate_argnums=0,
+            out_shardings=(shardings, replicated),
+            compiler_options=compiler_options(self.mesh),
         )
         self._evaluate = jax.jit(self._held_out_losses)
 
@@ -112,6 +122,17 @@ class Training:
         """
         with jax.set_mesh(self.mesh):
             return self._step(state, self.put(batch))
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step, traced for a state and a batch that need not be there, ready to compile."""
+        shape = (self.config.data.batch, self.config.data.length)
+        sharding = rules.named_sharding(self.mesh, "batch", None)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for name, dtype in BATCH.items()
+        }
+        with jax.set_mesh(self.mesh):
+            return self._step.lower(self.abstract, batch)
 
     def evaluate(self, state: TrainState, batch: Batch) -> Float[Array, "B T"]:
         """Cross-entropy of every token of a batch in nats, 0 where `mask` is 0."""
