@@ -11,7 +11,7 @@ from absl import flags
 from experiments import program
 from sharding.settings import InputError
 
-FLAGS = program.new_flags()
+FLAGS = program.new_flags(mesh=True)
 flags.DEFINE_string(
     "workdir", "", "workdir of a run, or a Hugging Face directory", flag_values=FLAGS
 )
@@ -34,8 +34,11 @@ def main(options: flags.FlagValues) -> None:
         raise InputError(
             f"--batch={options.batch} --rows={options.rows}: expected at least 1 and at least 0"
         )
+    mesh_config = program.load_mesh(options)
     from parscale import data, evaluation, workdir
+    from sharding.mesh import make_mesh
 
+    mesh = make_mesh(mesh_config) if mesh_config else None
     if options.json:
         try:
             open(options.json, "a", encoding="utf-8").close()
@@ -50,7 +53,7 @@ def main(options: flags.FlagValues) -> None:
     if text.held_out_tokens <= text.held_out_documents:
         raise InputError(f"{options.files or weights.data.corpus}: no document has two tokens")
     batches = data.held_out_batches(text, options.batch, options.rows)
-    result = evaluation.report(weights.build(), batches, weights.loss_chunk)
+    result = evaluation.report(weights.build(mesh), batches, weights.loss_chunk, mesh)
     print(evaluation.describe(result, text.bits_per_byte(result.loss)))
     if options.json:
         figures = {

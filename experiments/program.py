@@ -36,6 +36,7 @@ from absl import flags as absl_flags
 from parscale import config_io
 from parscale.config import Config
 from sharding import hosts
+from sharding.mesh import MeshConfig
 from sharding.settings import InputError, nearest
 
 PRESETS = pathlib.Path(__file__).parent / "configs"
@@ -61,17 +62,19 @@ class FieldParser(absl_flags.ArgumentParser):
         return config_io.parse(self.kind, argument) if isinstance(argument, str) else argument
 
 
-def new_flags(config: bool = False) -> absl_flags.FlagValues:
+def new_flags(config: bool = False, mesh: bool = False) -> absl_flags.FlagValues:
     """Flags of one program, apart from the process-wide ones, so that programs never clash.
 
     Args:
       config: whether the program takes `--config` and a flag for every field of `Config`.
+      mesh: whether it takes those of the mesh alone; see `load_mesh`.
     """
     flags = absl_flags.FlagValues()
-    if not config:
-        return flags
-    absl_flags.DEFINE_string("config", None, f"preset: {a_preset()}", flag_values=flags)
+    if config:
+        absl_flags.DEFINE_string("config", None, f"preset: {a_preset()}", flag_values=flags)
     for name, kind, field in config_io.leaves(Config):
+        if not (config or (mesh and name.startswith("mesh."))):
+            continue
         doc = field.metadata["doc"]
         if field.metadata["choices"]:
             doc += f" ({', '.join(map(str, field.metadata['choices']))})"
@@ -160,9 +163,19 @@ def a_preset(function: str = "get_config") -> str:
 
 def changes(flags: absl_flags.FlagValues) -> dict[str, object]:
     """The fields that were given on the command line, by dotted name."""
-    names = [leaf.name for leaf in config_io.leaves(Config)]
+    names = [leaf.name for leaf in config_io.leaves(Config) if f"config.{leaf.name}" in flags]
     given = {name: flags[f"config.{name}"] for name in names}
     return {name: flag.value for name, flag in given.items() if flag.present}
+
+
+def load_mesh(flags: absl_flags.FlagValues) -> MeshConfig | None:
+    """The mesh that the command line describes, or None if it says nothing: one device.
+
+    Raises:
+      InputError: the sizes are no mesh.
+    """
+    given = changes(flags)
+    return config_io.replace(Config(), given).mesh if given else None
 
 
 def load_config(flags: absl_flags.FlagValues, workdir: str = "") -> Config:
@@ -207,9 +220,11 @@ def usage(flags: absl_flags.FlagValues, doc: str) -> str:
     lines.append(f"{'  --help':<41}this text")
     fields = [name for name in flags if name.startswith("config.")]
     if fields:
-        lines += ["", "Configuration fields, each with its value where the preset gives none:"]
+        lines += ["", "Configuration fields, each with its value where nothing else is said:"]
     section = None
-    for name in (f"config.{leaf.name}" for leaf in config_io.leaves(Config) if fields):
+    for name in (f"config.{leaf.name}" for leaf in config_io.leaves(Config)):
+        if name not in fields:
+            continue
         if name.split(".")[1] != section:
             section = name.split(".")[1]
             lines += ["", f" {section}"]

@@ -5,6 +5,7 @@
 Several prompts are generated at once: repeat --prompt, or give a file with one prompt a line.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from absl import flags
 from experiments import program
 from sharding.settings import InputError
 
-FLAGS = program.new_flags()
+FLAGS = program.new_flags(mesh=True)
 flags.DEFINE_string(
     "workdir", "", "workdir of a run, or a Hugging Face directory", flag_values=FLAGS
 )
@@ -58,19 +59,33 @@ def main(options: flags.FlagValues) -> int | None:
     prompts = read_prompts(options)
     if not options.workdir:
         raise InputError("--workdir is missing: expected a run or a Hugging Face directory")
+    mesh_config = program.load_mesh(options)
+    if mesh_config and mesh_config.sequence != 1:
+        raise InputError(
+            f"config.mesh.sequence={mesh_config.sequence}: text is written token by token, so "
+            "there is no sequence to divide; give stream, tensor, fsdp or data"
+        )
+    import jax
+
     from parscale import generate, tokenizers, workdir
+    from sharding import rules
+    from sharding.mesh import make_mesh
 
     sampling = generate.Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     weights = workdir.load_weights(options.workdir, options.streams)
     tokenizer = tokenizers.load(weights.data.tokenizer)
-    model = weights.build()
+    mesh = make_mesh(mesh_config) if mesh_config else None
+    if mesh is not None:
+        rules.check_divisible("the prompts", (len(prompts),), ("batch",), mesh)
+    model = weights.build(mesh)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     generate.check_prompts(model, encoded, options.tokens)
     texts = generate.stream_text(
         model, tokenizer, encoded, options.tokens, sampling, stops=options.stop
     )
     try:
-        show(prompts, texts)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            show(prompts, texts)
     except BrokenPipeError:  # the reader, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -6,10 +6,14 @@ metadata become shardings (`sharding.rules`), optimizer state and checkpoint tar
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from sharding import rules
 
 FLAT_DRAW = 1 << 20
 """Elements up to which initial values are drawn as one row."""
@@ -63,6 +67,28 @@ class WeightMaker:
             # All layers in one draw: a key for each would take longer to compile.
             shape, axes = (self._layers, *shape), ("layers", *axes)
         return kind(init(key, shape, jnp.float32), axes=axes, decay=decay)
+
+
+def abstract_weights(state: nnx.State, mesh: Mesh) -> dict[str, Any]:
+    """A nested dict of `jax.ShapeDtypeStruct` with the shardings that the axes of weights give.
+
+    Args:
+      state: weights, abstract ones too.
+      mesh: to lie on.
+
+    Raises:
+      InputError: a dimension does not divide over the mesh; names the weight.
+    """
+
+    def place(path, weight):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        rules.check_divisible(name, weight.shape, weight.axes, mesh)
+        sharding = NamedSharding(mesh, rules.partition_spec(weight.axes, name))
+        return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=sharding)
+
+    is_weight = lambda node: isinstance(node, nnx.Variable)
+    placed = jax.tree_util.tree_map_with_path(place, state, is_leaf=is_weight)
+    return nnx.to_pure_dict(placed)
 
 
 def normal(std: float) -> Initializer:

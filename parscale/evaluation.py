@@ -1,5 +1,6 @@
 """Held-out loss, and what the streams do: each alone, their weights, how far they agree."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from models.transformer import LanguageModel
 from parscale.loss import perplexity, token_losses
+from sharding import rules
 
 COLLAPSED = 0.99
 """Mean pairwise agreement above which the streams count as one."""
@@ -61,15 +64,22 @@ class StreamReport:
         return self.streams > 1 and self.mean_agreement > COLLAPSED
 
 
-def report(model: LanguageModel, batches: Iterable[dict[str, Array]], chunk: int) -> StreamReport:
+def report(
+    model: LanguageModel,
+    batches: Iterable[dict[str, Array]],
+    chunk: int,
+    mesh: Mesh | None = None,
+) -> StreamReport:
     """Runs a model over held-out batches.
 
     Args:
       model: any P.
       batches: arrays `[B, T]` as `training.Training.step` reads them.
       chunk: positions whose logits exist at once.
+      mesh: that of the model's weights; None: they are on one device.
 
     Raises:
+      InputError: rows or positions of a batch do not divide over the mesh.
       ValueError: no target is counted in any batch.
     """
     graph, params = nnx.split(model)
@@ -77,7 +87,12 @@ def report(model: LanguageModel, batches: Iterable[dict[str, Array]], chunk: int
     total = None
     names = ("ids", "targets", "segment_ids", "positions", "mask")
     for batch in batches:
-        sums = _batch_sums(graph, params, {name: batch[name] for name in names}, chunk)
+        arrays = {name: batch[name] for name in names}
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            if mesh is not None:
+                rules.check_divisible("a batch", batch["ids"].shape, ("batch", "length"), mesh)
+                arrays = jax.device_put(arrays, rules.named_sharding(mesh, "batch", None))
+            sums = _batch_sums(graph, params, arrays, chunk)
         # Fetching at once keeps a single step in flight (fake CPU devices hang on more).
         sums = jax.tree.map(lambda array: np.asarray(array, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)

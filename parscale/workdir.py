@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from models import huggingface
 from models.config import ModelConfig
 from models.growth import check_growable
 from models.transformer import LanguageModel
 from models.trees import merge, select
-from models.weights import StreamParam
+from models.weights import StreamParam, abstract_weights
 from parscale import config_io, tokenizers
 from parscale.checkpoints import Checkpoints, restore_params
 from parscale.config import Config, DataConfig
@@ -52,10 +53,21 @@ class Weights:
     step: int = 0
     loss_chunk: int = 256
 
-    def build(self) -> LanguageModel:
-        """The model on the default device."""
-        graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(self.model, rngs=nnx.Rngs(0))))
-        return nnx.merge(graph, jax.tree.map(jax.numpy.asarray, self.params))
+    def build(self, mesh: Mesh | None = None) -> LanguageModel:
+        """The model on a mesh; None: on the default device.
+
+        Raises:
+          InputError: an array does not divide over the mesh.
+        """
+        abstract = nnx.eval_shape(lambda: LanguageModel(self.model, rngs=nnx.Rngs(0)))
+        if mesh is None:
+            params = jax.tree.map(jax.numpy.asarray, self.params)
+        else:
+            places = abstract_weights(nnx.state(abstract), mesh)
+            params = jax.tree.map(
+                lambda array, place: jax.device_put(array, place.sharding), self.params, places
+            )
+        return nnx.merge(nnx.graphdef(abstract), params)
 
 
 def run_folder(workdir: str | Path, config: Config) -> Path:

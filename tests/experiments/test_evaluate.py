@@ -37,6 +37,16 @@ def test_figures_are_those_of_the_run(two, tmp_path, capfd):
     assert ("WARNING: the 2 streams have collapsed" in out) == figures["collapsed"]
 
 
+def test_a_mesh_gives_the_same_figures(two, tmp_path, capfd):
+    _, one = evaluated(capfd, two, tmp_path, "--rows=16")
+    mesh = ("--config.mesh.data=4", "--config.mesh.stream=2")
+    _, figures = evaluated(capfd, two, tmp_path, "--rows=16", *mesh)
+    assert figures.keys() == one.keys()
+    for name, figure in figures.items():
+        # Float32 sums in another order.
+        np.testing.assert_allclose(figure, one[name], atol=1e-5, err_msg=name)
+
+
 def test_what_the_streams_do_agrees_with_numpy(two, texts, tmp_path, capfd):
     file = texts / "03.txt"
     _, figures = evaluated(capfd, two, tmp_path, f"--files={file}", "--rows=0", "--batch=8")
@@ -111,6 +121,7 @@ def test_streams_are_chosen_by_number(family, tmp_path, capfd):
         (["--files={tmp}/byte"], "{tmp}/byte: 1 tokens are too few to predict one"),
         (["--files={tmp}/byte*"], "{tmp}/byte*: no document has two tokens"),
         (["--json={tmp}"], "--json={tmp}: Is a directory"),
+        (["--batch=6", "--config.mesh.data=8"], "a batch: axis 'batch' of size 6 does not divide"),
         (["--streams=3"], "--streams=3: {two} has no run with 3 streams"),
     ],
 )

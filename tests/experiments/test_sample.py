@@ -54,6 +54,12 @@ def test_greedy_text_is_that_of_uncached_forward_passes(two, capfd):
     assert out == argmax_text(two, "def f", TOKENS) + "\n"
 
 
+def test_a_mesh_writes_the_same_text(two, capfd):
+    words = ("--prompt=def f", "--prompt=x", "--prompt=return", "--prompt=  ", "--temperature=0")
+    mesh = ("--config.mesh.data=4", "--config.mesh.stream=2")
+    assert sampled(capfd, two, *words, *mesh) == sampled(capfd, two, *words)
+
+
 def test_text_appears_as_it_is_generated(two, monkeypatch):
     out = Recorder()
     monkeypatch.setattr(sys, "stdout", out)
@@ -132,6 +138,9 @@ def test_a_reader_may_leave(two, monkeypatch, capfd):
         (["--prompt=x", "--top_p=0"], "top_p=0.0: expected more than 0"),
         (["--prompt=x", "--seed=-1"], "--seed=-1"),
         (["--prompt=x", "--streams=4"], "--streams=4: {two} has no run with 4 streams, only"),
+        (["--prompt=x", "--config.mesh.stream=2"], "the prompts: axis 'batch' of size 1 does not"),
+        (["--prompt=x", "--config.mesh.stream=3"], "stream=3: the fixed axes take 3 devices"),
+        (["--prompt=x", "--config.mesh.sequence=2"], "config.mesh.sequence=2: text is written"),
         (["--prompt=x", "--workdir="], "--workdir is missing"),
         (["--prompt=x", "--workdir={tmp}/none"], "{tmp}/none: no such folder"),
         (["--prompt=x", "--workdir={tmp}"], "{tmp}: no run there"),
