@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sharding.mesh import MeshConfig, make_mesh
+from sharding.mesh import MeshConfig, make_mesh, mesh_shape
 from sharding.topologies import Topology
 
 if typing.TYPE_CHECKING:
@@ -92,6 +92,7 @@ def pod_mesh(topology: Topology, config: MeshConfig) -> Mesh:
     Raises:
       InputError: no libtpu, a topology it does not know, or sizes that do not multiply to it.
     """
+    mesh_shape(config, topology.device_count)
     return make_mesh(config, topology.devices())
 
 

@@ -35,6 +35,7 @@ class Family:
       shapes: of its slices, one for each number of chips.
       counted: what people count on each chip: TensorCores, or chips.
       settings: what the compiler has to be told of it beside its name.
+      devices: that each chip is to the compiler.
     """
 
     chip: str
@@ -42,6 +43,7 @@ class Family:
     shapes: tuple[str, ...]
     counted: int = 1
     settings: tuple[tuple[str, str], ...] = ()
+    devices: int = 1
 
 
 FAMILIES = (
@@ -50,7 +52,7 @@ FAMILIES = (
     Family("v5e", ("v5litepod", "v5e"), PLANES),
     Family("v5p", ("v5p",), CUBES, 2),
     Family("v6e", ("v6e",), PLANES),
-    Family("tpu7x", ("tpu7x",), CUBES, 2),
+    Family("tpu7x", ("tpu7x",), CUBES, 2, devices=2),
 )
 
 
@@ -73,6 +75,15 @@ class Topology:
         """In all slices."""
         return self.slices * math.prod(self.shape)
 
+    @property
+    def device_count(self) -> int:
+        """Devices in all slices: chips, but on tpu7x each of the two halves of one."""
+        return self.chips * self._family.devices
+
+    @property
+    def _family(self) -> Family:
+        return next(family for family in FAMILIES if family.chip == self.chip)
+
     def __str__(self) -> str:
         name = f"{self.chip}:{'x'.join(map(str, self.shape))}"
         return name if self.slices == 1 else f"{self.slices}x{name}"
@@ -94,7 +105,7 @@ class Topology:
             ) from None
         from jax.experimental import topologies
 
-        (family,) = (family for family in FAMILIES if family.chip == self.chip)
+        family = self._family
         name = str(dataclasses.replace(self, slices=1))
         try:
             found = topologies.get_topology_desc(
