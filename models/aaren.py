@@ -14,9 +14,11 @@ from models.recurrent import mix_after_soft_tokens, restart_state
 from models.transforms import Projection, StreamTransform, layer_transform
 from models.weights import TransformParam, WeightMaker, normal
 from pallas_kernels.linear.aaren import AarenState, aaren
-from sharding import rules
+from sharding import rules, sequence
+from sharding.sequence_aaren import sequence_aaren
 
 HEADS = ("batch", "streams", None, "heads", None)
+PARTS_OF_HEADS = ("batch", "streams", "length", "heads", None)
 
 
 class VirtualSlot(StreamTransform):
@@ -73,15 +75,16 @@ class Aaren(nnx.Module):
             k, v = project(x, self.k[...], self.v[...])
             v = self.streams.project("v", x, v)
         with jax.named_scope("recurrence"):
-            k, v = rules.constrain(k, *HEADS), rules.constrain(v, *HEADS)
-            y, state = aaren(
-                self.q[...],
-                k,
-                v,
-                segment_ids=context.segment_ids,
-                initial_state=cache,
-                restart_state=restart_state(self.streams, start),
-            )
+            memory = {
+                "segment_ids": context.segment_ids,
+                "restart_state": restart_state(self.streams, start),
+            }
+            if cache is None and sequence.parts() > 1:
+                spec = rules.partition_spec(PARTS_OF_HEADS)
+                y, state = sequence_aaren(self.q[...], k, v, spec=spec, **memory)
+            else:
+                k, v = rules.constrain(k, *HEADS), rules.constrain(v, *HEADS)
+                y, state = aaren(self.q[...], k, v, initial_state=cache, **memory)
         with jax.named_scope("out"):
             out = self.o[...]
             y = project(y.reshape(*y.shape[:-2], -1), out.reshape(-1, out.shape[-1]))[0]

@@ -14,10 +14,13 @@ from models.transforms import Projection, layer_transform
 from models.weights import WeightMaker, zeros
 from pallas_kernels import attention, sharded_attention
 from pallas_kernels.masks import Mask
-from sharding import rules
+from sharding import rules, sequence
+from sharding.sequence_attention import sequence_attention
 
 HEADS = ("batch", "streams", None, "heads", None)
 KV_HEADS = ("batch", "streams", None, "kv_heads", None)
+PARTS_OF_HEADS = ("batch", "streams", "length", "heads", None)
+PARTS_OF_KV_HEADS = ("batch", "streams", "length", "kv_heads", None)
 
 
 class KVCache(NamedTuple):
@@ -90,7 +93,7 @@ class Attention(nnx.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k, v, mask, cache = self.remember(k, v, context, cache)
         with jax.named_scope("attention"):
-            y = attend(q, k, v, mask, self.streams.prefix())
+            y = attend(q, k, v, mask, self.streams.prefix(), cached=cache is not None)
         with jax.named_scope("out"):
             out = self.o[...]
             y = y.reshape(*y.shape[:-2], -1)
@@ -162,11 +165,23 @@ def attend(
     v: Float[Array, "B P S K h"],
     mask: Mask,
     prefix: tuple[Array, Array] | None,
+    *,
+    cached: bool = False,
 ) -> Float[Array, "B P T H h"]:
-    """`pallas_kernels.attention` of each device's own rows, streams and heads."""
+    """`pallas_kernels.attention` of each device's own rows, streams and heads, and of its part of
+    the positions where these lie over devices.
+
+    Args:
+      q, k, v, mask, prefix: as for `attention`.
+      cached: the keys are those of a cache, of which every device has all positions.
+    """
     if prefix is not None:
         prefix = tuple(part.astype(q.dtype) for part in prefix)
     if not rules.is_sharded():
         return attention(q, k, v, mask, prefix=prefix)
-    specs = {"q_spec": rules.partition_spec(HEADS), "kv_spec": rules.partition_spec(KV_HEADS)}
-    return sharded_attention(q, k, v, mask, prefix=prefix, **specs)
+    if cached or sequence.parts() == 1:
+        op, axes = sharded_attention, (HEADS, KV_HEADS)
+    else:
+        op, axes = sequence_attention, (PARTS_OF_HEADS, PARTS_OF_KV_HEADS)
+    q_spec, kv_spec = map(rules.partition_spec, axes)
+    return op(q, k, v, mask, prefix=prefix, q_spec=q_spec, kv_spec=kv_spec)

@@ -20,10 +20,13 @@ from models.layers import project
 from models.transforms import Projection, StreamTransform, layer_transform
 from models.weights import TransformParam, WeightMaker, normal, ones, uniform
 from pallas_kernels import NormalizedState, linear_attention, sharded_linear_attention
-from sharding import rules
+from sharding import rules, sequence
+from sharding.sequence_linear import sequence_linear_attention
 
 KEY_HEADS = ("batch", "streams", None, "kv_heads", None)
 VALUE_HEADS = ("batch", "streams", None, "heads", None)
+PARTS_OF_KEY_HEADS = ("batch", "streams", "length", "kv_heads", None)
+PARTS_OF_VALUE_HEADS = ("batch", "streams", "length", "heads", None)
 
 
 class RecurrentCache(NamedTuple):
@@ -252,6 +255,7 @@ class Recurrent(nnx.Module):
         with jax.named_scope("recurrence"):
             y, state = recur(
                 **arguments,
+                cached=cache is not None,
                 segment_ids=context.segment_ids,
                 initial_state=None if cache is None else cache.state,
                 restart_state=restart_state(self.streams, None if start is None else start.state),
@@ -306,12 +310,22 @@ def restart_state(streams: StreamTransform, start: Any) -> Any:
     return streams.state() if start is None else jax.tree.map(lambda part: part[0], start)
 
 
-def recur(q: Array, k: Array, v: Array, **arguments: Any) -> tuple[Array, Any]:
-    """`pallas_kernels.linear_attention` of each device's own rows, streams and heads."""
+def recur(q: Array, k: Array, v: Array, *, cached: bool, **arguments: Any) -> tuple[Array, Any]:
+    """`pallas_kernels.linear_attention` of each device's own rows, streams and heads, and of its
+    part of the positions where these lie over devices.
+
+    Args:
+      q, k, v, arguments: as for `linear_attention`.
+      cached: a row goes on from a cache; every device then has all of its positions.
+    """
     if not rules.is_sharded():
         return linear_attention(q, k, v, **arguments)
-    specs = {"q_spec": rules.partition_spec(KEY_HEADS), "v_spec": rules.partition_spec(VALUE_HEADS)}
-    return sharded_linear_attention(q, k, v, **specs, **arguments)
+    if cached or sequence.parts() == 1:
+        op, axes = sharded_linear_attention, (KEY_HEADS, VALUE_HEADS)
+    else:
+        op, axes = sequence_linear_attention, (PARTS_OF_KEY_HEADS, PARTS_OF_VALUE_HEADS)
+    q_spec, v_spec = map(rules.partition_spec, axes)
+    return op(q, k, v, q_spec=q_spec, v_spec=v_spec, **arguments)
 
 
 def low_rank(

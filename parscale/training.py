@@ -18,7 +18,7 @@ from models.weights import StreamParam, TransformParam
 from parscale.config import Config
 from parscale.loss import token_losses
 from parscale.optimizer import learning_rate, make_optimizer
-from sharding import rules
+from sharding import rules, sequence
 from sharding.mesh import make_mesh
 from sharding.pod import compiler_options
 
@@ -209,9 +209,11 @@ class Training:
 
     def _losses(self, trainable: Params, frozen: Params, batch: Batch) -> Float[Array, "B T"]:
         model = nnx.merge(self.graph, trainable, frozen)
-        x, _ = model.run_streams(
-            batch["ids"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-        )
+        mesh = self.config.mesh
+        with sequence.using(mesh.sequence_attention, mesh.sequence_state):
+            x, _ = model.run_streams(
+                batch["ids"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+            )
         with jax.named_scope("loss"):
             losses = token_losses(
                 model.mix(x), model.head_weight(), batch["targets"], self.config.train.loss_chunk

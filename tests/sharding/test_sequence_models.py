@@ -1,0 +1,93 @@
+"""Whole models whose positions lie over devices: by every scheme the loss and gradient of one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from sequence_cases import errors, on_mesh
+
+from models.config import ModelConfig
+from models.transformer import LanguageModel
+from parscale.loss import token_losses
+
+ROWS, LENGTH = 2, 24
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("little_optimization")]
+
+
+def config(**changed):
+    sizes = {
+        "vocab_size": 64, "width": 32, "layers": 3, "heads": 4, "kv_heads": 4, "mlp_width": 48,
+        "streams": 4, "transform_size": 4, "transform_std": 0.1, "init_std": 0.03,
+        "mixers": ("attention", "delta_net", "mlstm_exp"), "layer_loop": "scan",
+    }  # fmt: skip
+    return ModelConfig(**sizes | changed)
+
+
+def batch():
+    """Ids, targets, documents that cross the borders of parts, and positions in them."""
+    random = np.random.default_rng(0)
+    ids, targets = random.integers(0, 64, (2, ROWS, LENGTH), dtype=np.int32)
+    segments = np.stack([np.repeat([1, 2], [15, 9]), np.repeat([1, 2, 3, 0], [2, 9, 8, 5])])
+    starts = np.stack([np.repeat([0, 15], [15, 9]), np.repeat([0, 2, 11, 19], [2, 9, 8, 5])])
+    positions = np.arange(LENGTH) - starts
+    return [jnp.asarray(x, jnp.int32) for x in (ids, targets, segments, positions)]
+
+
+def open_gates(model):
+    """Input gates of the mLSTM as open as a bias of 0 leaves them. They begin nearly shut; then the
+    gradient of the forget gate is what is left of a sum that cancels, on any mesh."""
+    for stack in model.stacks():
+        if hasattr(stack.mixer, "input_bias"):
+            stack.mixer.input_bias[...] = jnp.zeros_like(stack.mixer.input_bias[...])
+    return model
+
+
+def loss_and_gradient(config):
+    graph, params = nnx.split(open_gates(LanguageModel(config, rngs=nnx.Rngs(0))))
+
+    def loss(params, ids, targets, segments, positions):
+        model = nnx.merge(graph, params)
+        x, _ = model.run_streams(ids, positions=positions, segment_ids=segments)
+        losses = token_losses(model.mix(x), model.head_weight(), targets, LENGTH)
+        return jnp.sum(losses * (segments > 0)) / jnp.sum(segments > 0)
+
+    return jax.jit(jax.value_and_grad(loss))(nnx.to_pure_dict(params), *batch())
+
+
+@functools.cache
+def expected(changed):
+    return loss_and_gradient(config(**dict(changed)))
+
+
+def check(axes, attention, state, **changed):
+    wanted = expected(tuple(changed.items()))
+    with on_mesh(attention, state, **axes):
+        got = loss_and_gradient(config(**changed))
+    found = errors(got, wanted)
+    # Both are some 1e-6 off: so is a mesh of data=2, which changes the order of sums alone.
+    assert max(found.values()) < 3e-6, found
+
+
+@pytest.mark.parametrize(
+    ("attention", "state"), [("gather", "gather"), ("heads", "steps"), ("ring", "gather")]
+)
+def test_schemes(attention, state):
+    check({"sequence": 2}, attention, state)
+    check({"sequence": 4}, attention, state)
+
+
+def test_on_a_mesh_of_four_axes():
+    check({"stream": 2, "sequence": 2, "tensor": 2}, "auto", "auto")
+
+
+@pytest.mark.parametrize("mixers", [("window", "aaren", "kda"), ("retention", "gla", "attention")])
+def test_other_mixers(mixers):
+    check({"sequence": 4}, "ring", "steps", mixers=mixers, window=9)
+
+
+@pytest.mark.parametrize("transform", ["soft_tokens", "low_rank"])
+def test_other_transforms(transform):
+    check({"sequence": 2}, "gather", "gather", transform=transform)
