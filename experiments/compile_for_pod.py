@@ -44,10 +44,10 @@ flags.DEFINE_boolean(
     flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_string(
-    "output", str(pathlib.Path(__file__).parent / "results" / "pod.csv"), "where --table writes",
-    flag_values=FLAGS,
-)  # fmt: skip
+    "output", "", "where --table writes; default: experiments/results/pod.csv", flag_values=FLAGS
+)
 
+OUTPUT = pathlib.Path(__file__).parent / "results" / "pod.csv"
 TABLE = (
     ("v5e:16x16", {"fsdp": 64, "stream": 4}),
     ("v6e:16x16", {"fsdp": 64, "stream": 4}),
@@ -198,7 +198,7 @@ def make_table(options: flags.FlagValues) -> int | None:
         if isinstance(step, Exception):
             return refused(step)
         rows.append(pod_report.row(step))
-        with open(options.output, "w", newline="") as file:
+        with open(options.output or OUTPUT, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -18,6 +18,15 @@ from sharding.settings import InputError, nearest
 if typing.TYPE_CHECKING:
     import jax
 
+# Without these libtpu asks a cloud for its metadata and complains of what it does not find, and
+# refuses to be loaded by two processes. The slice it is told of is not the one to compile for.
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
 PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = (
     "1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
@@ -94,9 +103,7 @@ class Topology:
         Raises:
           InputError: libtpu is not installed, or does not know such a slice.
         """
-        # Else libtpu asks a cloud for its metadata, and refuses to be loaded by two processes.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        os.environ.update(LIBTPU | os.environ)
         try:
             import libtpu  # noqa: F401
         except ImportError:

@@ -122,6 +122,12 @@ class TestContracts:
         assert tensor.bytes_over("tensor") > 2 * streams.bytes_over("stream")
         # Activations stay where they are: nothing but sums and gathers, and no exchange.
         assert not streams.bytes_over("stream", kind="all-to-all")
+        # Each device has one stream of one row, and of the mixed row a fourth of the positions.
+        # Forward, forward again but for the last product of a layer, and twice backward.
+        layer = 8 * LAYER // 2 - 2 * 1536 * 8320
+        mixing = 6 * 1024 * 1536 * 1536
+        head = 8 * 1024 // 4 * 1536 * 8192
+        assert streams.flops == pytest.approx(2 * 1024 * layer + mixing + head, rel=1e-3)
 
     def test_weights_are_gathered_and_not_summed(self):
         work = work_of(MeshConfig(data=1, fsdp=16), batch=16, streams=1)
