@@ -55,9 +55,14 @@ class Watch:
 
     def _look(self) -> None:
         """Process 0 looks after all others, and they after it, which serves the store."""
-        changed = dict.fromkeys(range(self.count), ("", time.monotonic()))
+        now = time.monotonic()
+        changed = dict.fromkeys(range(self.count), ("", now))
         while not self._left.wait(self.period):
-            now = time.monotonic()
+            before, now = now, time.monotonic()
+            if now - before > self.heartbeat / 2:
+                # It was this process that stood still: what it heard of the others is too old.
+                changed = {process: (beat, now) for process, (beat, _) in changed.items()}
+                self._answered = now
             if self.process:
                 if now - self._answered > self.heartbeat:
                     self._end(_lost(0, self._host_0, f"no answer for {self.heartbeat:g} s"))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from parscale.metrics import read_csv
 
-HEARTBEAT = 4
-"""Seconds."""
-PATIENCE = 150
+HEARTBEAT = 10
+"""Seconds; fewer, and a process that waits for a busy machine looks lost."""
+PATIENCE = 240
 """Seconds; a machine may be busy."""
 
 FIELDS = {

@@ -30,11 +30,9 @@ def mesh(**sizes):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"stream": 2, "tensor": 2, "fsdp": 2},
         {"stream": 8},
-        {"stream": 4, "tensor": 2},
-        {"tensor": 2, "stream": 4},
-        {"data": 2, "fsdp": 4},
+        {"fsdp": 2, "stream": 2, "tensor": 2},
+        {"sequence": 8},
     ],
     ids=str,
 )
@@ -137,7 +135,7 @@ def test_one_that_fails_ends_the_others(texts, cache, tmp_path):
 def test_kills_at_random_change_nothing(texts, cache, tmp_path):
     """Restarted after each kill, a run ends with the weights of one that nothing befell."""
     choose = random.Random(0)
-    steps, every = 1200, 40
+    steps, every = 900, 20
     changes = {"train__steps": steps, "train__checkpoint_every": every, "train__log_every": 1}
     whole, folder, logs = tmp_path / "whole", tmp_path / "run", tmp_path / "logs"
     processes.train(2, processes.arguments(texts, whole, **changes), logs, cache)
@@ -159,7 +157,7 @@ def test_kills_at_random_change_nothing(texts, cache, tmp_path):
             lost = choose.randrange(2)
             two.all[lost].send_signal(signal.SIGSTOP)
             in_save = saving(folder)
-            joined = all("devices: " in two.text(0) for _ in (0,))
+            joined = "devices: " in two.text(0)
             begun = time.monotonic()
             two.all[lost].kill()
             if joined:
@@ -171,4 +169,4 @@ def test_kills_at_random_change_nothing(texts, cache, tmp_path):
     assert processes.result(folder)["weights_sha256"] == processes.result(whole)["weights_sha256"]
     assert processes.losses(folder) == processes.losses(whole)
     assert longest < DETECTION
-    print(f"{kills} kills, {in_saves} of them in a save; the others ended within {longest:.1f} s")
+    print(f"\n{kills} kills, {in_saves} of them in a save; the others ended within {longest:.1f} s")
