@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from models.config import ModelConfig
 from models.context import Context
+from models.convolution import convolve
 from models.layers import project
 from models.transforms import Projection, StreamTransform, layer_transform
 from models.weights import TransformParam, WeightMaker, normal, ones, uniform
@@ -127,51 +128,6 @@ class ShortConvolution(nnx.Module):
         ]
         outputs, inputs = zip(*results, strict=True)
         return [jax.nn.silu(y) for y in outputs], inputs
-
-
-def convolve(
-    x: Float[Array, "B P T heads h"],
-    taps: Float[Array, "size heads h"],
-    context: Context,
-    before: Float[Array, "B P size_less_1 heads h"] | None = None,
-    begun: Float[Array, "B P size_less_1 heads h"] | None = None,
-) -> tuple[Float[Array, "B P T heads h"], Float[Array, "B P size_less_1 heads h"]]:
-    """The causal convolution of each channel with its taps, the last of which meets the own token.
-
-    Args:
-      x: inputs.
-      taps: weights.
-      context: says where documents begin, which do not see each other.
-      before: inputs of the tokens before these, of the document that the row goes on with; None:
-        as `begun`. Padding then stands behind a row's tokens.
-      begun: what stands before every document, the same in every row; None: zero.
-
-    Returns:
-      the output, and the inputs of the last tokens that are no padding, as `before`.
-    """
-    size, length = len(taps), x.shape[2]
-    if before is None:
-        shape = (*x.shape[:2], size - 1, *x.shape[3:])
-        before = jnp.zeros(shape, x.dtype) if begun is None else begun
-    x = jnp.concatenate([before.astype(x.dtype), x], 2)
-    starts = context.document_starts()
-    taps = taps.astype(x.dtype)
-    y = x[:, :, size - 1 :] * taps[-1]
-    for back in range(1, size):
-        place = size - 1 - back
-        part = x[:, :, place : place + length]
-        if starts is not None:
-            offset = jnp.arange(length) - starts
-            other = 0
-            if begun is not None:
-                other = jnp.take(begun[0], jnp.clip(offset + place, 0, size - 2), 1)
-                other = jnp.moveaxis(other, 1, 0).astype(x.dtype)
-            # What a row begins with goes on from `before`, which is in its place.
-            outside = (starts > 0) & (offset < back)
-            part = jnp.where(outside[:, None, :, None, None], other, part)
-        y = y + part * taps[place]
-    last = jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, size - 1, 1))
-    return y, last(x, context.real_tokens())
 
 
 def projections(config: ModelConfig) -> dict[str, Projection]:
