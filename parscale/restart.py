@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from models.trees import Tree, overlay
 from parscale import config_io, workdir
@@ -164,20 +165,32 @@ def restore(
         if not 1 <= record.get("streams", 0) < model.streams:
             raise
         model = dataclasses.replace(model, streams=record["streams"])
-        smaller = Training(dataclasses.replace(training.config, model=model), training.mesh)
+        config = dataclasses.replace(training.config, model=model)
+        smaller = Training(config, without_stream_axis(training.mesh))
         return smaller, checkpoints.restore(items_of(smaller))
+
+
+def without_stream_axis(mesh: Mesh) -> Mesh:
+    """The same devices in the same order, with nothing divided over streams.
+
+    The streams of a smaller model need not divide over the axis that is there for a larger one.
+    """
+    data, fsdp, stream, expert, *inner = mesh.devices.shape
+    devices = mesh.devices.reshape(data, fsdp, 1, stream * expert, *inner)
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def grow(training: Training, state: TrainState) -> TrainState:
     """`state` of fewer streams as one of `training`; the new streams' moments start from 0."""
-    fresh = training.init()
 
     def by_path(tree: Any) -> Tree:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
-    merged = overlay(by_path(fresh), by_path(state))
-    leaves = jax.tree.unflatten(jax.tree.structure(fresh), merged.values())
-    return jax.tree.map(
-        lambda leaf, like: jax.device_put(leaf, like.sharding), leaves, training.abstract
-    )
+    def combine(fresh: TrainState, state: TrainState) -> TrainState:
+        merged = overlay(by_path(fresh), by_path(state))
+        return jax.tree.unflatten(jax.tree.structure(fresh), merged.values())
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, training.abstract)
+    # Under jit, because no process may have all of an array.
+    return jax.jit(combine, out_shardings=shardings)(training.init(), state)

@@ -53,34 +53,55 @@ def test_meshes_across_hosts_equal_one_process(sizes, texts, cache, tmp_path):
     assert ours["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-6)
 
 
-def test_four_save_and_two_or_one_restore(texts, cache, tmp_path):
-    """Bit-identical on other meshes and hosts, and with more streams."""
-    saved, logs = tmp_path / "saved", tmp_path / "logs"
-    changes = {"train__steps": STEPS, "train__sample_tokens": 3}
-    words = processes.arguments(texts, saved, **mesh(fsdp=4, tensor=2), **changes)
-    processes.train(4, words, logs, cache, devices=2)
-    assert "--- sample" in (logs / "0.log").read_text()
-    assert "--- sample" not in (logs / "1.log").read_text()
-    whole = processes.result(saved)["weights_sha256"]
+@pytest.fixture(scope="module")
+def saved(texts, cache, tmp_path_factory):
+    """The workdir of a run that four processes finished, and their logs beside it."""
+    folder = tmp_path_factory.mktemp("saved")
+    changes = mesh(fsdp=4, tensor=2) | {"train__steps": STEPS, "train__sample_tokens": 3}
+    words = processes.arguments(texts, folder / "run", **changes)
+    processes.train(4, words, folder / "logs", cache, devices=2)
+    return folder / "run"
 
-    def restored(count, devices, *flags, **sizes):
-        """The digest of what so many processes read there; no step is left to do."""
-        folder = shutil.copytree(saved, tmp_path / f"{count}{sizes}{flags}")
+
+@pytest.fixture
+def restored(texts, cache, saved, tmp_path):
+    """A function: the result of so many processes that go on from `saved` with no step to do."""
+
+    def read(count, devices, *flags, **changes):
+        folder = shutil.copytree(saved, tmp_path / f"{count}{changes}{flags}")
         (folder / "result.json").unlink()
-        words = processes.arguments(texts, folder, **changes, **sizes)
-        processes.train(count, [*words, *flags], logs, cache, devices=devices)
-        return processes.result(folder)["weights_sha256"]
+        words = processes.arguments(texts, folder, train__steps=STEPS, **changes)
+        processes.train(count, [*words, *flags], tmp_path / "logs", cache, devices=devices)
+        return processes.result(folder)
 
-    assert restored(2, 2, **mesh(fsdp=2, stream=2)) == whole
-    assert restored(2, 1, **mesh(tensor=2)) == whole
-    assert restored(1, 1) == whole
-    assert restored(1, 8, **mesh(data=2, fsdp=2, tensor=2)) == whole
+    return read
 
-    more = {"model__streams": 4}
-    grown = restored(1, 1, "--grow_streams", **more)
-    assert grown != whole
-    assert restored(2, 2, "--grow_streams", **mesh(stream=4), **more) == grown
-    assert restored(4, 2, "--grow_streams", **mesh(fsdp=2, stream=4), **more) == grown
+
+def test_process_0_alone_shows_samples(saved):
+    told = [(saved.parent / "logs" / f"{number}.log").read_text() for number in range(4)]
+    assert ["--- sample" in text for text in told] == [True, False, False, False]
+
+
+def test_four_save_and_two_or_one_restore(saved, restored):
+    """Bit-identical on other meshes and hosts."""
+    whole = processes.result(saved)["weights_sha256"]
+    assert restored(2, 2, **mesh(fsdp=2, stream=2))["weights_sha256"] == whole
+    assert restored(2, 1, **mesh(tensor=2))["weights_sha256"] == whole
+    assert restored(1, 1)["weights_sha256"] == whole
+    assert restored(1, 8, **mesh(data=2, fsdp=2, tensor=2))["weights_sha256"] == whole
+
+
+def test_four_save_and_others_go_on_with_more_streams(saved, restored):
+    """Over a stream axis, too, that the streams that were saved do not divide over.
+
+    What is new is drawn on another mesh, where its last bit may be another.
+    """
+    loss = restored(1, 1, "--grow_streams", model__streams=4)["held_out_loss"]
+    assert loss != processes.result(saved)["held_out_loss"]
+    for sizes in ({"stream": 4}, {"fsdp": 2, "stream": 2}):
+        grown = restored(2, 2, "--grow_streams", model__streams=4, **mesh(**sizes))
+        assert grown["streams"] == 4
+        assert grown["held_out_loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def ended_after(running, lost, begun):
