@@ -29,6 +29,7 @@ from sharding.watch import ROOT, Watch, say
 TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _watch: Watch | None = None
 _numbers = itertools.count()
+_stop_requested = threading.Event()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +234,9 @@ def request_stop() -> None:
 
     JAX's preemption service sees it and tells the others; see `sharding.agreement.stop_at`.
     """
-    os.kill(os.getpid(), signal.SIGTERM)
+    if not _stop_requested.is_set():
+        _stop_requested.set()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def leave(code: int = 0, reason: str = "", orderly: bool = True) -> None:

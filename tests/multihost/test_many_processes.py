@@ -153,6 +153,14 @@ def test_one_that_fails_ends_the_others(texts, cache, tmp_path):
         assert all("corpus" in two.errors(number)[0] for number in range(2))
 
 
+def test_a_workdir_that_is_not_shared(texts, cache, tmp_path):
+    own = {1: [f"--workdir={tmp_path / 'elsewhere'}"]}
+    words = processes.arguments(texts, tmp_path / "run")
+    with Processes(2, words, tmp_path / "logs", cache, own=own) as two:
+        assert two.wait() == [2, 2], two.told()
+        assert all("storage that all share" in two.errors(number)[0] for number in range(2))
+
+
 def test_kills_at_random_change_nothing(texts, cache, tmp_path):
     """Restarted after each kill, a run ends with the weights of one that nothing befell."""
     choose = random.Random(0)
