@@ -46,6 +46,9 @@ flags.DEFINE_boolean(
 flags.DEFINE_string(
     "output", "", "where --table writes; default: experiments/results/pod.csv", flag_values=FLAGS
 )
+flags.DEFINE_list(
+    "only", [], "of --table: these pods alone; the file's other rows stay", flag_values=FLAGS
+)
 
 OUTPUT = pathlib.Path(__file__).parent / "results" / "pod.csv"
 TABLE = (
@@ -61,6 +64,8 @@ TABLE = (
 def main(options: flags.FlagValues) -> int | None:
     if options.table:
         return make_table(options)
+    if options.only:
+        raise InputError("--only: only --table takes it")
     config, topology = program.load_config(options), parse_topology(options.topology)
     if options.fit and options.search:
         raise InputError("--fit and --search: give one of them")
@@ -187,22 +192,33 @@ def make_table(options: flags.FlagValues) -> int | None:
     from parscale import pod_report
     from sharding.mesh import MeshConfig
 
+    names = [name for name, _ in TABLE]
+    for name in options.only:
+        if name not in names:
+            raise InputError(f"--only={name}: expected some of {', '.join(names)}")
+    path = pathlib.Path(options.output or OUTPUT)
+    rows = {}
+    if options.only and path.exists():
+        with path.open(newline="") as file:
+            rows = {row["topology"]: row for row in csv.DictReader(file)}
     preset = program.load_preset("paper_1b6")
     model = dataclasses.replace(preset.model, streams=4)
-    rows = []
     for name, sizes in TABLE:
+        if options.only and name not in options.only:
+            continue
         mesh = MeshConfig(**{"data": 1, **sizes})
         config = dataclasses.replace(preset, model=model, mesh=mesh)
         print(f"{name}: {mesh.describe()}", file=sys.stderr, flush=True)
         step = compiled(config, parse_topology(name), None, apart=True)
         if isinstance(step, Exception):
             return refused(step)
-        rows.append(pod_report.row(step))
-        with open(options.output or OUTPUT, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        rows[name] = pod_report.row(step)
+        done = [rows[name] for name in names if name in rows]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[name]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
-    print(pod_report.markdown(rows))
+            writer.writerows(done)
+    print(pod_report.markdown(done))
     return None
 
 

@@ -143,10 +143,39 @@ def test_search_ranks_the_meshes_and_says_why_others_cannot_be(monkeypatch, caps
         (("--topology=v5e-16", "--program=decode", "--cache=0"), "--cache=0"),
         (("--topology=v5e-16", "--program=serve"), "program"),
         (("--table",), "leave out --config"),
+        (("--topology=v5e-16", "--only=v5e:16x16"), "only --table takes it"),
     ],
 )
 def test_bad_input_is_refused_in_a_line(capsys, words, told):
     assert told in runs.refusal(capsys, compile_for_pod, *PAPER, *words)
+
+
+def test_the_table_is_written_as_it_comes_and_mended_row_by_row(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "pod.csv"
+
+    def table(*words):
+        code = runs.call(compile_for_pod, "--table", f"--output={path}", *words)
+        with path.open(newline="") as file:
+            return code, [(row["topology"], row["peak_gib"]) for row in csv.DictReader(file)]
+
+    def too_large(config, topology, decode):
+        if topology.slices > 1:
+            raise DoesNotFitError(None, None)
+        return a_step(config, topology)
+
+    def larger(config, topology, decode):
+        step = a_step(config, topology)
+        return dataclasses.replace(step, needs=dataclasses.replace(step.needs, peak=7 * GiB))
+
+    names = [name for name, _ in TABLE]
+    pretend(monkeypatch, too_large)
+    assert table() == (1, [(name, "2.000") for name in names[:-1]])
+    pretend(monkeypatch, larger)
+    capsys.readouterr()
+    mended = [(name, "7.000" if name in (names[1], names[-1]) else "2.000") for name in names]
+    assert table(f"--only={names[-1]},{names[1]}") == (0, mended)
+    assert capsys.readouterr().out.count("\n| ") == len(names) + 1
+    assert "expected some of" in runs.refusal(capsys, compile_for_pod, "--table", "--only=v5e")
 
 
 def test_bisection_finds_the_border():
