@@ -1,5 +1,9 @@
 """What is decided before and beside a run of several processes, on one."""
 
+import dataclasses
+import time
+import types
+
 import pytest
 from processes import free_port
 
@@ -118,3 +122,63 @@ def test_on_one_process_nothing_has_to_be_agreed(tmp_path):
     assert agreement.stop_at(3, lambda: True)
     assert not agreement.stop_at(3, lambda: False)
     assert agreement.Meetings().meet(3, lambda: True) == (True, None)
+
+
+class Store:
+    """A coordination service with three other processes, of which process 2 comes last."""
+
+    def __init__(self):
+        self.kept = {"parscale/host/2": "host-c"}
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite or key not in self.kept
+        self.kept[key] = value
+
+    def key_value_try_get(self, key):
+        return self.kept[key]
+
+    def key_value_dir_get(self, key):
+        return [(name, value) for name, value in self.kept.items() if name.startswith(key + "/")]
+
+    def wait_at_barrier(self, key, timeout):
+        time.sleep(0.05)
+        for process, wait in ((1, 0.04), (2, 0.001), (3, 0.05)):
+            self.kept[f"parscale/wait/{process}"] = str(wait)
+
+
+def test_who_is_slow_twice_in_a_row_is_named(monkeypatch):
+    store = Store()
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts, "client", lambda: store)
+    meetings = agreement.Meetings()
+    found = [meetings.meet(step, lambda step=step: step == 2) for step in range(4)]
+    assert [due for due, _ in found] == [False, False, True, False]
+    assert [slow and slow.process for _, slow in found] == [None, None, 2, 2]
+    assert found[3][1].describe().startswith("process 2 on host-c is slow: the others wait 0.0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One of a host's."""
+
+    process_index: int
+    number: int
+
+
+def laid_out(monkeypatch, *parts):
+    """Lets device i of a run hold these rows of a batch; every two devices are one host."""
+    held = {Device(i // 2, i): (slice(*part),) for i, part in enumerate(parts)}
+    sharding = types.SimpleNamespace(devices_indices_map=lambda shape: held)
+    monkeypatch.setattr(agreement.rules, "named_sharding", lambda mesh, axis: sharding)
+    return types.SimpleNamespace(shape={"data": len(parts)})
+
+
+def test_rows_of_a_host_are_those_of_its_devices(monkeypatch):
+    read = lambda *parts: agreement.host_rows(laid_out(monkeypatch, *parts), 8).tolist()
+    assert read((0, 2), (2, 4), (4, 6), (6, 8)) == [0, 1, 2, 3]
+    assert read((0, 4), (0, 4), (4, 8), (4, 8)) == [0, 1, 2, 3]
+    assert read((0, 4), (0, 4), (0, 4), (0, 4), (4, 8), (4, 8)) == [0, 1, 2, 3]
+    assert read((0, 2), (4, 6), (2, 4), (6, 8)) == [0, 1, 4, 5]
+    assert read((0, 8), (0, 8), (0, 8), (0, 8)) == list(range(8))
+    with pytest.raises(InputError, match="processes 0 and 1 share some rows"):
+        read((0, 2), (2, 4), (2, 4), (4, 6))
