@@ -40,6 +40,8 @@ def token_losses(
     pieces = (min(length, chunk), length % chunk)
     if devices > 1 and all(piece % devices == 0 for piece in pieces):
         losses, head = _shared(losses, devices), _copies(head, devices)
+    else:
+        head = _whole(head)
     if length <= chunk:
         return losses(x, targets, head)
     losses = jax.checkpoint(losses)
@@ -64,9 +66,15 @@ def _copies(head, devices):
     The gradient of a copy is of one device's positions. It is summed over the devices that have
     other rows first, each taking its part, and those parts over the copies.
     """
-    copies = jnp.broadcast_to(head, (devices, *head.shape))
-    copies = rules.constrain(copies, "chunk", "embed", "vocab")
-    return rules.constrain(copies, "chunk", None, "vocab")
+    return _whole(jnp.broadcast_to(head, (devices, *head.shape)), "chunk")
+
+
+def _whole(head, *axes):
+    """`head` `[..., D, V]` whole along D: its parts would make parts of logits, to be summed.
+
+    Laid out as it is stored first, a device takes only its part of the gradient's sum.
+    """
+    return rules.constrain(rules.constrain(head, *axes, "embed", "vocab"), *axes, None, "vocab")
 
 
 def _shared(losses, devices):
