@@ -117,7 +117,7 @@ def start(config: HostsConfig) -> bool:
                 f"the processes could not meet ({found or 'by hand'}): {error}"
             ) from None
     _watch = Watch(config.heartbeat_seconds)
-    return jax.process_count() > 1
+    return several()
 
 
 def find_cluster() -> str:

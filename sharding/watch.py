@@ -45,11 +45,9 @@ class Watch:
 
     def _beat(self) -> None:
         for number in itertools.count():
-            try:
+            with contextlib.suppress(RuntimeError):
                 self.client.key_value_set(f"{ROOT}/beat/{self.process}", str(number), True)
-            except RuntimeError:
-                return  # the coordinator is gone, which `_listen` tells
-            self._answered = time.monotonic()
+                self._answered = time.monotonic()
             if self._left.wait(self.period):
                 return
 
@@ -83,10 +81,14 @@ class Watch:
 
     def _listen(self) -> None:
         """Waits for the news that ends the run."""
-        with contextlib.suppress(RuntimeError):  # then process 0 is gone, which `_hold` tells
-            news = json.loads(self.client.blocking_key_value_get(f"{ROOT}/end", int(FOREVER * 1e3)))
-            if not self._left.is_set() and news["process"] != self.process:
-                self._end(news)
+        while not self._left.is_set():
+            with contextlib.suppress(RuntimeError):
+                end = self.client.blocking_key_value_get(f"{ROOT}/end", int(FOREVER * 1e3))
+                news = json.loads(end)
+                if not self._left.is_set() and news["process"] != self.process:
+                    self._end(news)
+                return
+            self._left.wait(self.period)
 
     def _hold(self) -> None:
         """Notices at once when process 0 ends, by a connection that nothing is said over.
