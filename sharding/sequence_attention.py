@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from pallas_kernels import attention
+from pallas_kernels.flash.api import check_arguments
 from pallas_kernels.masks import Mask
 from sharding import sequence, sequence_masks
 from sharding.sequence_ring import ring_attention
@@ -42,6 +43,7 @@ def sequence_attention(
         scheme needs it.
       ValueError: what `attention` raises.
     """
+    check_arguments(q, k, v, mask, prefix)
     mesh = jax.sharding.get_abstract_mesh()
     parts = mesh.shape[sequence.AXIS]
     *lead, _, heads, _ = q_spec

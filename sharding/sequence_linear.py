@@ -132,8 +132,10 @@ def _summary(normalize, k, v, log_decay, input_gate, border: Borders | None, aga
         in_last = _of_lead(border.in_last, v, 1)
         of_last = jnp.where(_column(in_last, decay.ndim), decay, 0)
     whole = jnp.sum(of_last, T)
-    # The sum of the decays after each token, not the difference of two sums from the start.
-    exponent = jnp.flip(jnp.cumsum(jnp.flip(decay, T), T), T) - decay
+    # The sum of the decays after each token, not a difference of sums: these may be large.
+    after = jnp.pad(decay, [(0, int(axis == T)) for axis in range(decay.ndim)])
+    after = jax.lax.slice_in_dim(after, 1, None, axis=T)
+    exponent = jnp.flip(jnp.cumsum(jnp.flip(after, T), T), T)
     exponent = exponent + _column(gate, exponent.ndim)
     move, restarts = whole, None
     if border is not None:

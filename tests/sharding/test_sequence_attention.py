@@ -149,7 +149,7 @@ def test_bfloat16(little_optimization, scheme):
     assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_what_moves():
+def test_what_moves(little_optimization):
     """One device gathers keys and values; all-to-alls move heads; the ring gathers nothing."""
     moves = {
         "gather": ({"all-gather"}, {"all-to-all", "collective-permute"}),
