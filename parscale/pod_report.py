@@ -1,7 +1,6 @@
 """A pod's step as text: for people, and as a row of a table."""
 
 import importlib.metadata
-import math
 
 from parscale.pod_step import PodStep
 from parscale.text import table
@@ -30,9 +29,6 @@ def describe(step: PodStep) -> str:
         f"\nOn each {per}:\n",
         table(memory),
     ]
-    if work is None:
-        lines.append("\nThe compiler cannot print this program: no operations and bytes of it.")
-        return "\n".join(lines)
     if work.unknown_loops:
         lines.append(f"\nLoops of unknown length, counted once: {', '.join(work.unknown_loops)}")
     moved = [["collectives", "over", "devices", "number", "GiB of results"]]
@@ -82,16 +78,16 @@ def row(step: PodStep) -> dict[str, str | int]:
         "temporaries_gib": gib(needs.temporaries),
         "peak_gib": gib(needs.peak),
         "memory_gib": gib(step.chip.memory),
-        "tflop": f"{(work.flops + step.kernel_flops) / 1e12:.3f}" if work else "",
+        "tflop": f"{(work.flops + step.kernel_flops) / 1e12:.3f}",
         "kernel_tflop": f"{step.kernel_flops / 1e12:.3f}",
         "model_tflop": f"{step.model_flops / 1e12:.3f}",
     }
     for axis in AXES:
-        found[f"{axis}_gib"] = gib(work.bytes_over(axis)) if work else ""
-    dcn = sum(one.bytes for one in work.collectives if one.is_dcn) if work else math.nan
-    found["dcn_gib"] = gib(dcn) if work else ""
+        found[f"{axis}_gib"] = gib(work.bytes_over(axis))
+    dcn = sum(one.bytes for one in work.collectives if one.is_dcn)
+    found["dcn_gib"] = gib(dcn)
     for name in ("compute", "memory", "ici", "dcn"):
-        found[f"{name}_s"] = f"{seconds[name]:.4f}" if name in seconds else ""
+        found[f"{name}_s"] = f"{seconds[name]:.4f}"
     estimate = step.compiler_seconds
     return found | {
         "bound_s": f"{step.bound:.4f}",

@@ -78,8 +78,6 @@ class PodStep:
         """Least time of each resource; `dcn` infinite where its rate is not published."""
         work, needs, chip = self.needs.work, self.needs, self.chip
         times = {"memory": (needs.arguments + needs.outputs) / chip.bandwidth}
-        if work is None:
-            return times | {"compute": self.model_flops / chip.flops}
         ici = sum(found.traffic for found in work.collectives if not found.is_dcn)
         dcn = sum(found.traffic for found in work.collectives if found.is_dcn)
         return times | {
@@ -100,9 +98,9 @@ class PodStep:
 
     @property
     def compiler_seconds(self) -> float | None:
-        """The compiler's own estimate of all but kernels and communication; None: it has none."""
+        """The compiler's estimate of all but kernels and communication; None: no clock known."""
         clock = CLOCKS.get(self.chip.name)
-        return self.needs.work.cycles / clock if clock and self.needs.work else None
+        return self.needs.work.cycles / clock if clock else None
 
 
 def compile_step(config: Config, topology: Topology, decode: Decode | None = None) -> PodStep:
@@ -128,7 +126,7 @@ def compile_step(config: Config, topology: Topology, decode: Decode | None = Non
         else:
             lowered, parts = _decode(config.model, mesh, decode)
     needs = compile_lowered(lowered, mesh)
-    kernels = bool(needs.work and needs.work.kernels)
+    kernels = bool(needs.work.kernels)
     chip = find_chip(topology.chip)
     per_chip = mesh.size // topology.chips
     if per_chip > 1:

@@ -154,6 +154,9 @@ class _Reader:
             elif found.opcode == "custom-call":
                 target = found.attribute("custom_call_target").strip('"')
                 self.kernels += times if target in KERNELS else 0
+                # Collectives that the TPU's other cores carry out.
+                for name in found.called("called_computations"):
+                    self.walk(self.computations[name], times, fusion)
             elif found.opcode == "send":
                 self._send(found, times)
             elif found.opcode.removesuffix("-start") in KINDS:

@@ -12,7 +12,9 @@ any function that was lowered for a mesh of `pod_mesh`, with abstract arguments:
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
+import tempfile
 import time
 import typing
 from collections.abc import Iterator
@@ -73,7 +75,7 @@ class Needs:
       peak: bytes of memory at the peak, the program's own code left out.
       code: bytes of the program.
       seconds: that compiling took.
-      work: what its text says; None where the compiler cannot print the program.
+      work: what its text says.
     """
 
     arguments: int
@@ -83,7 +85,7 @@ class Needs:
     peak: int
     code: int
     seconds: float
-    work: Work | None
+    work: Work
 
 
 def pod_mesh(topology: Topology, config: MeshConfig) -> Mesh:
@@ -108,10 +110,15 @@ def compile_lowered(lowered: Lowered, mesh: Mesh) -> Needs:
     """
     from sharding import hlo
 
+    options = compiler_options(mesh) or {}
     begin = time.monotonic()
-    with _out_of_memory():
-        compiled = lowered.compile(compiler_options=compiler_options(mesh))
-    seconds = time.monotonic() - begin
+    with tempfile.TemporaryDirectory() as folder:
+        # The compiler writes the program down itself: jax cannot print all of v6e and tpu7x.
+        options |= {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        with _out_of_memory():
+            compiled = lowered.compile(compiler_options=options)
+        seconds = time.monotonic() - begin
+        text = _written(pathlib.Path(folder))
     slices = len({getattr(device, "slice_index", 0) for device in mesh.devices.flat})
     memory = compiled.memory_analysis()
     temporaries = memory.temp_size_in_bytes
@@ -125,20 +132,17 @@ def compile_lowered(lowered: Lowered, mesh: Mesh) -> Needs:
         peak=arguments + outputs - aliased + temporaries,
         code=memory.generated_code_size_in_bytes,
         seconds=seconds,
-        work=hlo.read(text, dict(mesh.shape), slices) if (text := _text(compiled)) else None,
+        work=hlo.read(text, dict(mesh.shape), slices),
     )
 
 
-def _text(compiled) -> str:
-    """The program as text; "" for the few of tpu7x that libtpu refuses to print."""
-    import jax
-
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        if "RET_CHECK" not in str(error):
-            raise
-        return ""
+def _written(folder: pathlib.Path) -> str:
+    """The largest of the final programs that the compiler wrote; others are parts of it."""
+    found = sorted(folder.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+    if not found:
+        names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise RuntimeError(f"the compiler wrote no program down, but {names}")
+    return found[-1].read_text()
 
 
 @contextmanager

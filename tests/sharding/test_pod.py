@@ -55,7 +55,7 @@ def test_a_mesh_that_does_not_fill_the_topology_is_refused_before_libtpu():
 
 def layers_and_too_much(topology):
     """Of five layers of products whose weights are gathered; and of one too large for a chip."""
-    mesh = pod_mesh(topology, MeshConfig(data=1, fsdp=4))
+    mesh = pod_mesh(topology, MeshConfig(data=1, fsdp=-1))
     on = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
 
     def layers(x, weights):
@@ -68,20 +68,26 @@ def layers_and_too_much(topology):
 
     needs = compile_lowered(lowered(4096), mesh)
     try:
-        compile_lowered(lowered(2**27), mesh)
+        compile_lowered(lowered(2**30), mesh)
     except DoesNotFitError as error:
         return needs, error
     return needs, None
 
 
 @pytest.mark.tpu_compile
-def test_a_program_is_compiled_for_chips_that_are_not_there():
-    needs, error = apart(layers_and_too_much, SMALL)
-    assert needs.arguments == 2 * (1024 * 512 + 5 * 128 * 512)
-    assert needs.outputs == 2 * 1024 * 512
+@pytest.mark.parametrize(
+    "name",
+    ["v5e:2x2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v6e-4", "tpu7x-8"))],
+)
+def test_a_program_is_compiled_for_chips_that_are_not_there(name):
+    topology = parse_topology(name)
+    parts = topology.device_count
+    needs, error = apart(layers_and_too_much, topology)
+    assert needs.arguments == 2 * (4096 + 5 * 512) * 512 // parts
+    assert needs.outputs == 2 * 4096 * 512 // parts
     assert needs.peak >= needs.arguments + needs.outputs
     work = needs.work
-    assert work.flops == 5 * 2 * 1024 * 512 * 512
+    assert work.flops == 5 * 2 * 4096 * 512 * 512 // parts
     assert not work.unknown_loops
     assert work.cycles > 0
     # The weights of all layers, whether gathered in the loop or before it.
