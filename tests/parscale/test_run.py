@@ -12,6 +12,7 @@ from parscale import config_io, restart, run
 from parscale.config import Config, DataConfig, TrainConfig
 from parscale.metrics import read_csv
 from parscale.training import Training
+from sharding.mesh import MeshConfig, make_mesh
 
 MODEL = ModelConfig(
     width=16, layers=1, heads=2, kv_heads=1, mlp_width=32, streams=2, transform_size=4
@@ -169,3 +170,10 @@ def test_a_trace_of_the_steps_that_are_left(config, tmp_path):
     done = dataclasses.replace(config.train, steps=7)
     assert run.train(dataclasses.replace(config, train=done), tmp_path, profile_steps=(2, 5))
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+
+
+def test_a_mesh_without_its_stream_axis_has_the_same_devices_in_order():
+    mesh = make_mesh(MeshConfig(fsdp=2, stream=4))
+    plain = restart.without_stream_axis(mesh)
+    assert dict(plain.shape) == dict(mesh.shape) | {"stream": 1, "expert": 4}
+    assert list(plain.devices.flat) == list(mesh.devices.flat)
