@@ -1,6 +1,7 @@
 """Whole models whose positions lie over devices: by every scheme the loss and gradient of one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,13 @@ from sequence_cases import errors, on_mesh
 
 from models.config import ModelConfig
 from models.transformer import LanguageModel
+from parscale.config import Config, DataConfig
 from parscale.loss import token_losses
+from parscale.training import Training
+from sharding.mesh import MeshConfig, make_mesh
 
 ROWS, LENGTH = 2, 24
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("little_optimization")]
+pytestmark = pytest.mark.usefixtures("little_optimization")
 
 
 def config(**changed):
@@ -71,6 +75,7 @@ def check(axes, attention, state, **changed):
     assert max(found.values()) < 3e-6, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "state"), [("gather", "gather"), ("heads", "steps"), ("ring", "gather")]
 )
@@ -79,15 +84,37 @@ def test_schemes(attention, state):
     check({"sequence": 4}, attention, state)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_of_four_axes():
     check({"stream": 2, "sequence": 2, "tensor": 2}, "auto", "auto")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixers", [("window", "aaren", "kda"), ("retention", "gla", "attention")])
 def test_other_mixers(mixers):
     check({"sequence": 4}, "ring", "steps", mixers=mixers, window=9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["soft_tokens", "low_rank"])
 def test_other_transforms(transform):
     check({"sequence": 2}, "gather", "gather", transform=transform)
+
+
+@pytest.mark.parametrize(
+    ("attention", "moves"), [("ring", "collective_permute"), ("heads", "all_to_all")]
+)
+def test_the_configuration_of_the_mesh_reaches_the_step(attention, moves):
+    """The step's program, not compiled."""
+    mesh = MeshConfig(data=1, sequence=2, sequence_attention=attention)
+    model = config(mixers=("attention",))
+    data = DataConfig(length=LENGTH, batch=ROWS)
+    run = Config(model=model, data=data, mesh=mesh)
+    training = Training(run, make_mesh(mesh, jax.devices()[:2]))
+    names = ("ids", "targets", "segment_ids", "positions")
+    rows = dict.fromkeys(names, jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32))
+    rows["mask"] = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.float32)
+    with jax.set_mesh(training.mesh):
+        text = training._step.lower(training.abstract, rows).as_text()
+    found = set(re.findall(r"stablehlo\.(collective_permute|all_to_all|all_gather)", text))
+    assert found == {moves}
