@@ -96,9 +96,11 @@ def test_other_mixers(mixers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transform", ["soft_tokens", "low_rank"])
+@pytest.mark.parametrize("transform", ["soft_tokens", "bias"])
 def test_other_transforms(transform):
-    check({"sequence": 2}, "gather", "gather", transform=transform)
+    """Without the mLSTM, whose biases have gradients of few digits on any mesh."""
+    mixers = ("attention", "delta_net")
+    check({"sequence": 2}, "gather", "gather", transform=transform, mixers=mixers, layers=2)
 
 
 @pytest.mark.parametrize(
