@@ -22,6 +22,9 @@ KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
+NO_ESTIMATE = 2**63 - 1
+"""Cycles of what the TPU compiler cannot estimate, such as work of the chip's other cores."""
+
 KERNELS = ("tpu_custom_call", "mosaic_gpu")
 
 
@@ -134,7 +137,8 @@ class _Reader:
         for found in computation.values():
             if fusion is None:
                 estimate = re.search(r'"estimated_cycles":"(\d+)"', found.attributes)
-                self.cycles += times * int(estimate[1]) if estimate else 0
+                if estimate and int(estimate[1]) != NO_ESTIMATE:
+                    self.cycles += times * int(estimate[1])
             if found.opcode == "while":
                 self._loop(found, computation, times)
             elif found.opcode == "fusion":

@@ -234,7 +234,7 @@ TPU = """HloModule jit_step, is_scheduled=true, num_partitions=8
   %w = bf16[32,32]{1,0} get-tuple-element(%state), index=3
   %fusion.1 = (bf16[16,32]{1,0}, bf16[64,32]{1,0:S(1)}, u32[]{:S(2)}) fusion(%s), kind=kCustom, calls=%begin
   %fusion.2 = bf16[8,32]{1,0} fusion(%s, %a, %w), kind=kCustom, calls=%go_on, backend_config={"window_config":{"estimated_cycles":"1000"}}
-  %whole = bf16[64,32]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"text":"several
+  %whole = bf16[64,32]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"estimated_cycles":"9223372036854775807","text":"several
 lines = (of it
 "}
   %fusion.3 = bf16[16,32]{1,0} fusion(%whole), kind=kCustom, calls=%all-reduce-scatter.1, backend_config={"window_config":{"estimated_cycles":"24"}}
