@@ -95,7 +95,9 @@ def test_causal_masks(little_optimization, scheme, parts):
     assert_equal(scheme, {"sequence": parts}, 40, causal_masks(40))
 
 
-@pytest.mark.parametrize(("scheme", "parts"), [("gather", 2), ("ring", 2)])
+@pytest.mark.parametrize(
+    ("scheme", "parts"), [pytest.param("gather", 2, marks=pytest.mark.slow), ("ring", 2)]
+)
 def test_other_masks(little_optimization, scheme, parts):
     assert_equal(scheme, {"sequence": parts}, 40, other_masks(40))
 

@@ -77,7 +77,7 @@ def assert_equal(recurrence, scheme, T, axes, **which):
 @pytest.mark.parametrize(
     ("recurrence", "scheme", "parts"),
     [
-        ("gla", "steps", 4),
+        pytest.param("gla", "steps", 4, marks=pytest.mark.slow),
         ("gated_delta_net", "gather", 4),
         pytest.param("mlstm", "steps", 2, marks=pytest.mark.slow),
     ],

@@ -30,7 +30,7 @@ def test_halves_are_exchanged_by_permutations(parts):
         assert sum(chunk % 2 for chunk in chunks) == 1
 
 
-@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.parametrize("parts", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
 def test_zigzag_and_back(parts):
     x = jnp.arange(4 * parts)
 
