@@ -159,8 +159,8 @@ def forward_sums(layers: int) -> int:
     model = dataclasses.replace(MODEL, layers=layers, streams=1, remat="none")
     config = Config(model=model, mesh=MeshConfig(data=1, tensor=4), data=DATA)
     mesh = pod_mesh(SMALL, config.mesh)
+    training = Training(config, mesh)
     with dispatch.compiling_for("tpu"), jax.set_mesh(mesh):
-        training = Training(config, mesh)
         ids = jax.ShapeDtypeStruct((4, 1024), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P()))
         forward = jax.jit(lambda state, ids: training.model(state).run_streams(ids)[0])
         lowered = forward.lower(training.abstract, ids)
