@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from linear_cases import HAS_BETA, RECURRENCES, arguments, errors, outputs, with_gradients
 
-from pallas_kernels import NormalizedState, linear_attention
+from pallas_kernels import NormalizedState, dispatch, linear_attention
 from pallas_kernels.linear.inverse import unit_lower_inverse
 
 run = jax.jit(with_gradients, static_argnames=("implementation", "chunk"))
@@ -256,3 +256,21 @@ STATE = NormalizedState(jnp.zeros((2, 4, 8, 8)), jnp.zeros((2, 4, 8)), jnp.zeros
 def test_bad_input(changes, message):
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+@pytest.mark.parametrize("recurrence", RECURRENCES)
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_without_a_choice_it_is_lowered_with_its_gradients_for_a_kernel_s_platform(
+    platform, recurrence
+):
+    arrays, named = arguments(recurrence, 128, hk=64, hv=64, dtype=jnp.bfloat16, initial=True)
+
+    def loss(arrays, named):
+        out, end = outputs(arrays, named)
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves((out, end)))
+
+    ids = {"segment_ids": named.pop("segment_ids")}
+    gradient = jax.jit(jax.grad(lambda arrays, named: loss(arrays, named | ids), (0, 1)))
+    with dispatch.compiling_for(platform):
+        lowered = gradient.trace(arrays, named).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("mosaic" if platform == "cuda" else "tpu_custom_call") >= 2
