@@ -24,8 +24,8 @@ from absl import flags
 
 from experiments import program
 from sharding.mesh import AXES
+from sharding.pods.topologies import parse_topology
 from sharding.settings import InputError
-from sharding.topologies import parse_topology
 
 FLAGS = program.new_flags(config=True)
 flags.DEFINE_string("topology", "", "such as v5e:16x16, v5p-128, 2xv5e-256", flag_values=FLAGS)

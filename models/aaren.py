@@ -15,7 +15,7 @@ from models.transforms import Projection, StreamTransform, layer_transform
 from models.weights import TransformParam, WeightMaker, normal
 from pallas_kernels.linear.aaren import AarenState, aaren
 from sharding import rules, sequence
-from sharding.sequence_aaren import sequence_aaren
+from sharding.sequence.aaren import sequence_aaren
 
 HEADS = ("batch", "streams", None, "heads", None)
 PARTS_OF_HEADS = ("batch", "streams", "length", "heads", None)

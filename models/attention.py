@@ -15,7 +15,7 @@ from models.weights import WeightMaker, zeros
 from pallas_kernels import attention, sharded_attention
 from pallas_kernels.masks import Mask
 from sharding import rules, sequence
-from sharding.sequence_attention import sequence_attention
+from sharding.sequence.attention import sequence_attention
 
 HEADS = ("batch", "streams", None, "heads", None)
 KV_HEADS = ("batch", "streams", None, "kv_heads", None)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from models.context import Context
 from sharding import rules, sequence
-from sharding.sequence_state import tokens_before
+from sharding.sequence.state import tokens_before
 
 PART = ("batch", "streams", "length", "heads", None)
 BEFORE = ("batch", "streams", None, "heads", None)

@@ -22,7 +22,7 @@ from models.transforms import Projection, StreamTransform, layer_transform
 from models.weights import TransformParam, WeightMaker, normal, ones, uniform
 from pallas_kernels import NormalizedState, linear_attention, sharded_linear_attention
 from sharding import rules, sequence
-from sharding.sequence_linear import sequence_linear_attention
+from sharding.sequence.linear import sequence_linear_attention
 
 KEY_HEADS = ("batch", "streams", None, "kv_heads", None)
 VALUE_HEADS = ("batch", "streams", None, "heads", None)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from parscale.config import Config
 from sharding.mesh import MeshConfig
-from sharding.pod import DoesNotFitError
+from sharding.pods.compilation import DoesNotFitError
+from sharding.pods.topologies import Topology
 from sharding.settings import InputError
-from sharding.topologies import Topology
 
 
 def apart(function: Callable, *arguments):

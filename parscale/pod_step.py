@@ -25,8 +25,8 @@ from parscale.chips import Chip, find_chip
 from parscale.config import Config
 from parscale.training import Training, map_weights
 from sharding import rules
-from sharding.pod import Needs, compile_lowered, pod_mesh
-from sharding.topologies import Topology
+from sharding.pods.compilation import Needs, compile_lowered, pod_mesh
+from sharding.pods.topologies import Topology
 
 CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 """Cycles per second: a chip's peak over the products that its matrix units make in a cycle."""

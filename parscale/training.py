@@ -20,7 +20,7 @@ from parscale.loss import token_losses
 from parscale.optimizer import learning_rate, make_optimizer
 from sharding import rules, sequence
 from sharding.mesh import make_mesh
-from sharding.pod import compiler_options
+from sharding.pods.compilation import compiler_options
 
 LEARNS = {
     "all": nnx.Param,

@@ -11,11 +11,11 @@ from experiments.compile_for_pod import OUTPUT, TABLE
 from parscale import pod_report, pod_search, pod_step
 from parscale.chips import find_chip
 from parscale.config import Config
-from sharding.hlo import Collective, Work
 from sharding.mesh import MeshConfig, mesh_shape
-from sharding.pod import DoesNotFitError, Needs
+from sharding.pods.compilation import DoesNotFitError, Needs
+from sharding.pods.hlo import Collective, Work
+from sharding.pods.topologies import parse_topology
 from sharding.settings import InputError
-from sharding.topologies import parse_topology
 
 GiB = 2**30
 PAPER = ("--config=paper_1b6", "--config.model.streams=4")

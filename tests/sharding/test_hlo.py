@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding import hlo, hlo_groups
-from sharding.hlo_text import parse, parse_shapes
+from sharding.pods import hlo, hlo_groups
+from sharding.pods.hlo_text import parse, parse_shapes
 
 ONE = {"data": 1}
 

@@ -12,9 +12,9 @@ from parscale.config import Config, DataConfig
 from parscale.pod_search import apart
 from parscale.pod_step import compile_step
 from sharding.mesh import MeshConfig
-from sharding.pod import DoesNotFitError, compile_lowered, memory_of, pod_mesh
+from sharding.pods.compilation import DoesNotFitError, compile_lowered, memory_of, pod_mesh
+from sharding.pods.topologies import Topology, parse_topology
 from sharding.settings import InputError
-from sharding.topologies import Topology, parse_topology
 
 GiB = 2**30
 SMALL = Topology("v5e", (2, 2))

@@ -10,8 +10,8 @@ from sequence_cases import on_mesh, spec
 from pallas_kernels import masks
 from sharding import sequence
 from sharding.mesh import MeshConfig
-from sharding.sequence_attention import sequence_attention
-from sharding.sequence_linear import sequence_linear_attention
+from sharding.sequence.attention import sequence_attention
+from sharding.sequence.linear import sequence_linear_attention
 from sharding.settings import InputError
 
 SMALL, LARGE = 2**20, 2**40

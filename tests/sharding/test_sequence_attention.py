@@ -14,7 +14,7 @@ from sequence_cases import errors, on_mesh, spec
 from pallas_kernels import attention, masks
 from pallas_kernels.masks import Mask
 from pallas_kernels.masks.examples import EXAMPLES, documents, example, forks
-from sharding.sequence_attention import sequence_attention
+from sharding.sequence.attention import sequence_attention
 
 B, P, H, K, M, h = 2, 2, 4, 4, 3, 8
 SCHEMES = ("gather", "heads", "ring")

@@ -15,8 +15,8 @@ from sequence_cases import errors, on_mesh, spec, with_gradients
 
 from pallas_kernels import NormalizedState, linear_attention
 from pallas_kernels.linear.aaren import AarenState, aaren
-from sharding.sequence_aaren import sequence_aaren
-from sharding.sequence_linear import sequence_linear_attention
+from sharding.sequence.aaren import sequence_aaren
+from sharding.sequence.linear import sequence_linear_attention
 
 B, P, K, H, hk, hv = 2, 2, 2, 4, 6, 8
 DELTA = ("delta_net", "gated_delta_net", "kda")

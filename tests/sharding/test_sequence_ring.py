@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as Spec
 from sequence_cases import on_mesh
 
 from pallas_kernels import masks
-from sharding import sequence_ring as ring
+from sharding.sequence import ring
 
 
 @pytest.mark.parametrize("parts", range(2, 18))
@@ -106,7 +106,7 @@ from jax.sharding import AxisType, Mesh
 from pallas_kernels import dispatch, masks
 from sharding import rules, sequence
 from sharding.mesh import AXES
-from sharding.sequence_attention import sequence_attention
+from sharding.sequence.attention import sequence_attention
 
 topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
 grid = np.array(topology.devices).reshape(1, 1, 1, 1, 4, 1)

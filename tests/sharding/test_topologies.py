@@ -2,8 +2,8 @@
 
 import pytest
 
+from sharding.pods.topologies import FAMILIES, Topology, known_names, parse_topology
 from sharding.settings import InputError
-from sharding.topologies import FAMILIES, Topology, known_names, parse_topology
 
 
 @pytest.mark.parametrize(

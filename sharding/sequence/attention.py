@@ -2,7 +2,7 @@
 
 - "gather": every device gathers all keys and values, and its queries stay.
 - "heads": every device takes all positions of some of the heads (arXiv 2309.14509).
-- "ring": keys and values go around (`sharding.sequence_ring`).
+- "ring": keys and values go around (`sharding.sequence.ring`).
 """
 
 import functools
@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 from pallas_kernels import attention
 from pallas_kernels.flash.api import check_arguments
 from pallas_kernels.masks import Mask
-from sharding import sequence, sequence_masks
-from sharding.sequence_ring import ring_attention
+from sharding import sequence
+from sharding.sequence import masks as sequence_masks
+from sharding.sequence.ring import ring_attention
 
 
 def sequence_attention(

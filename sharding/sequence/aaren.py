@@ -1,7 +1,7 @@
 """Aaren whose positions lie over the mesh axis `sequence`, in consecutive parts.
 
 A device's part of a row, as a part of a softmax, is one score, one sum and one value for each head;
-these travel (`sharding.sequence_state`), and merge as any parts do.
+these travel (`sharding.sequence.state`), and merge as any parts do.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.linear.aaren import AarenState, aaren, merge_parts
 from sharding import sequence
-from sharding.sequence_state import borders, choose, pass_states
+from sharding.sequence.state import borders, choose, pass_states
 
 
 def sequence_aaren(

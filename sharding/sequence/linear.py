@@ -1,6 +1,6 @@
 """Linear attention whose positions lie over the mesh axis `sequence`, in consecutive parts.
 
-Only states travel (`sharding.sequence_state`): what a part adds to an empty state, and what it
+Only states travel (`sharding.sequence.state`): what a part adds to an empty state, and what it
 leaves of the one that comes in.
 
 Without the delta rule what it leaves is a decay, and what it adds is one product of all keys and
@@ -22,7 +22,7 @@ from pallas_kernels import NormalizedState, linear_attention
 from pallas_kernels.linear.api import check_arguments
 from pallas_kernels.linear.options import LOWEST
 from sharding import sequence
-from sharding.sequence_state import Borders, borders, choose, pass_states
+from sharding.sequence.state import Borders, borders, choose, pass_states
 
 GATES = ("log_decay", "beta", "input_gate")
 STATES = ("initial_state", "restart_state")

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from sharding import hlo_groups
-from sharding.hlo_loops import trip_count
-from sharding.hlo_text import Computation, Instruction, Shape, parse
+from sharding.pods import hlo_groups
+from sharding.pods.hlo_loops import trip_count
+from sharding.pods.hlo_text import Computation, Instruction, Shape, parse
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",

@@ -2,7 +2,7 @@
 
 import re
 
-from sharding.hlo_text import Computation, Instruction
+from sharding.pods.hlo_text import Computation, Instruction
 
 _SAME = ("copy", "bitcast", "convert", "reshape", "copy-done", "optimization-barrier")
 

@@ -29,7 +29,8 @@ from jaxtyping import Array, Float
 from pallas_kernels import attention
 from pallas_kernels.linear.aaren import AarenState, merge_parts
 from pallas_kernels.masks import Mask
-from sharding import sequence, sequence_masks
+from sharding import sequence
+from sharding.sequence import masks as sequence_masks
 
 LOW, HIGH = 0, 1  # which of a device's two chunks
 

@@ -39,8 +39,8 @@ def using(attention: str = "auto", state: str = "auto"):
     """A context in which ops are traced with these schemes.
 
     Args:
-      attention: "auto", "gather", "heads" or "ring" (`sharding.sequence_attention`).
-      state: "auto", "gather" or "steps" (`sharding.sequence_state`).
+      attention: "auto", "gather", "heads" or "ring" (`sharding.sequence.attention`).
+      state: "auto", "gather" or "steps" (`sharding.sequence.state`).
     """
     return _schemes(Schemes(attention, state))
 

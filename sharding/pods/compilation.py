@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sharding.mesh import MeshConfig, make_mesh, mesh_shape
-from sharding.topologies import Topology
+from sharding.pods.topologies import Topology
 
 if typing.TYPE_CHECKING:
     from jax.sharding import Mesh
     from jax.stages import Lowered
 
-    from sharding.hlo import Work
+    from sharding.pods.hlo import Work
 
 # A "windowed einsum" overlaps a product with the gathering of its operand piece by piece. On the
 # fsdp axis of v5e the pieces are so small that by the compiler's own estimate the whole step takes
@@ -108,7 +108,7 @@ def compile_lowered(lowered: Lowered, mesh: Mesh) -> Needs:
     Raises:
       DoesNotFitError: it needs more memory than there is.
     """
-    from sharding import hlo
+    from sharding.pods import hlo
 
     options = compiler_options(mesh) or {}
     begin = time.monotonic()
