@@ -86,9 +86,14 @@ def abstract_weights(state: nnx.State, mesh: Mesh) -> dict[str, Any]:
         sharding = NamedSharding(mesh, rules.partition_spec(weight.axes, name))
         return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=sharding)
 
+    return map_weights(place, state, with_path=True)
+
+
+def map_weights(function, state: nnx.State, *, with_path: bool = False) -> dict[str, Any]:
+    """A nested dict with `function(variable)` (or `function(path, variable)`) for every weight."""
     is_weight = lambda node: isinstance(node, nnx.Variable)
-    placed = jax.tree_util.tree_map_with_path(place, state, is_leaf=is_weight)
-    return nnx.to_pure_dict(placed)
+    mapping = jax.tree_util.tree_map_with_path if with_path else jax.tree.map
+    return nnx.to_pure_dict(mapping(function, state, is_leaf=is_weight))
 
 
 def normal(std: float) -> Initializer:

@@ -19,11 +19,12 @@ from flax import nnx
 from models.attention import KVCache, WindowCache
 from models.config import ATTENTION, ModelConfig
 from models.transformer import LanguageModel
+from models.weights import abstract_weights
 from pallas_kernels import dispatch
 from parscale import flops, generate
 from parscale.chips import Chip, find_chip
 from parscale.config import Config
-from parscale.training import Training, map_weights
+from parscale.training import Training
 from sharding import rules
 from sharding.pods.compilation import Needs, compile_lowered, pod_mesh
 from sharding.pods.topologies import Topology
@@ -180,12 +181,7 @@ def _decode(config: ModelConfig, mesh, decode: Decode):
     rules.check_divisible("rows", (decode.rows,), ("batch",), mesh)
     rules.check_divisible("model.streams", (config.streams,), ("streams",), mesh)
 
-    def place(path, weight):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        rules.check_divisible(name, weight.shape, weight.axes, mesh)
-        return _abstract(weight, mesh, *weight.axes)
-
-    params = map_weights(place, weights, with_path=True)
+    params = abstract_weights(weights, mesh)
     is_cache = lambda node: isinstance(node, KVCache | WindowCache)
 
     def place_cache(node):

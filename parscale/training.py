@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from models.growth import begin_from
 from models.transformer import LanguageModel
 from models.trees import merge, select
-from models.weights import StreamParam, TransformParam
+from models.weights import StreamParam, TransformParam, abstract_weights, map_weights
 from parscale.config import Config
 from parscale.loss import token_losses
 from parscale.optimizer import learning_rate, make_optimizer
@@ -85,9 +85,9 @@ class Training:
         self.optimizer = make_optimizer(
             config.train, map_weights(lambda weight: weight.decay, trainable)
         )
-        self._check_batch()
         self.abstract = self._abstract_state(trainable, frozen)
         """A TrainState of `jax.ShapeDtypeStruct` with shardings, as checkpoints restore it."""
+        self._check_batch()
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self._init = jax.jit(self._init_state, out_shardings=shardings)
         replicated = NamedSharding(self.mesh, PartitionSpec())
@@ -125,14 +125,8 @@ class Training:
 
     def lower(self) -> jax.stages.Lowered:
         """The step, traced for a state and a batch that need not be there, ready to compile."""
-        shape = (self.config.data.batch, self.config.data.length)
-        sharding = rules.named_sharding(self.mesh, "batch", None)
-        batch = {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-            for name, dtype in BATCH.items()
-        }
         with jax.set_mesh(self.mesh):
-            return self._step.lower(self.abstract, batch)
+            return self._step.lower(self.abstract, self._abstract_batch())
 
     def evaluate(self, state: TrainState, batch: Batch) -> Float[Array, "B T"]:
         """Cross-entropy of every token of a batch in nats, 0 where `mask` is 0."""
@@ -145,10 +139,9 @@ class Training:
 
     def put(self, batch: Batch) -> Batch:
         """The arrays of a host's batch that the step reads, on the mesh."""
-        names = ("ids", "targets", "segment_ids", "positions", "mask")
         sharding = rules.named_sharding(self.mesh, "batch", None)
         return {
-            name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in names
+            name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in BATCH
         }
 
     def _check_batch(self) -> None:
@@ -161,15 +154,24 @@ class Training:
         for name, (size, axis) in sizes.items():
             rules.check_divisible(name, (size,), (axis,), self.mesh)
 
-    def _abstract_state(self, trainable: nnx.State, frozen: nnx.State) -> TrainState:
-        def place(path, weight):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            rules.check_divisible(name, weight.shape, weight.axes, self.mesh)
-            sharding = rules.named_sharding(self.mesh, *weight.axes)
-            return jax.ShapeDtypeStruct(weight.shape, weight.dtype, sharding=sharding)
+        if self.mesh.shape[sequence.AXIS] > 1:
+            # The schemes of the sequence axis refuse sizes when traced: better now than after the
+            # weights are made.
+            with jax.set_mesh(self.mesh):
+                state = (self.abstract.trainable, self.abstract.frozen)
+                jax.eval_shape(self._losses, *state, self._abstract_batch())
 
-        trainable = map_weights(place, trainable, with_path=True)
-        frozen = map_weights(place, frozen, with_path=True)
+    def _abstract_batch(self) -> Batch:
+        shape = (self.config.data.batch, self.config.data.length)
+        sharding = rules.named_sharding(self.mesh, "batch", None)
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for name, dtype in BATCH.items()
+        }
+
+    def _abstract_state(self, trainable: nnx.State, frozen: nnx.State) -> TrainState:
+        trainable = abstract_weights(trainable, self.mesh)
+        frozen = abstract_weights(frozen, self.mesh)
         replicated = NamedSharding(self.mesh, PartitionSpec())
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
         optimizer = optax.tree.map_params(
@@ -275,10 +277,3 @@ class Training:
             "bad_streak": new.bad_streak,
         }
         return new, metrics
-
-
-def map_weights(function, state: nnx.State, *, with_path: bool = False) -> Params:
-    """A nested dict with `function(variable)` (or `function(path, variable)`) for every weight."""
-    is_weight = lambda node: isinstance(node, nnx.Variable)
-    mapping = jax.tree_util.tree_map_with_path if with_path else jax.tree.map
-    return nnx.to_pure_dict(mapping(function, state, is_leaf=is_weight))

@@ -13,9 +13,7 @@ from models import huggingface
 from models.config import MIXERS, RECURRENT, ModelConfig
 from models.growth import begin_from, check_growable
 from models.transformer import LanguageModel
-from models.weights import TransformParam
-from parscale.training import map_weights
-from sharding import rules
+from models.weights import TransformParam, abstract_weights
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.settings import InputError
 
@@ -219,8 +217,9 @@ def test_a_mesh_computes_what_one_device_does(mixers, length, backward):
     compute = jax.value_and_grad(loss) if backward else loss
     expected = jax.jit(compute)(params)
     mesh = make_mesh(MeshConfig(data=2, stream=2, tensor=2))
-    shardings = map_weights(lambda weight: rules.named_sharding(mesh, *weight.axes), weights)
+    place = lambda array, weight: jax.device_put(array, weight.sharding)
+    placed = jax.tree.map(place, params, abstract_weights(weights, mesh))
     with jax.set_mesh(mesh):
-        found = jax.jit(compute)(jax.tree.map(jax.device_put, params, shardings))
+        found = jax.jit(compute)(placed)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * max(np.abs(b).max(), 1e-2))
