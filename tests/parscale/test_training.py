@@ -148,8 +148,8 @@ def compiled_text(training: Training) -> str:
 
 @pytest.mark.parametrize(
     ("mesh", "accumulate"),
-    [(MeshConfig(data=8), 1), (FSDP, 1), (TENSOR, 2)],
-    ids=["data", "fsdp-stream", "fsdp-tensor-accumulate"],
+    [(FSDP, 1), (TENSOR, 2)],
+    ids=["fsdp-stream", "fsdp-tensor-accumulate"],
 )
 def test_every_mesh_gives_the_losses_of_one_device(mesh, accumulate):
     expected, expected_norms = losses_on(one_device())
