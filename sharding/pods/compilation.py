@@ -30,8 +30,8 @@ if typing.TYPE_CHECKING:
     from sharding.pods.hlo import Work
 
 # A "windowed einsum" overlaps a product with the gathering of its operand piece by piece. On the
-# fsdp axis of v5e the pieces are so small that by the compiler's own estimate the whole step takes
-# up to 1.85 times as long. The threshold, in MiB, is above every weight.
+# fsdp axis the pieces are so narrow that adding up their products takes longer than the gathering
+# that is hidden. The threshold, in MiB, is above every weight.
 COMPILER_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "100000"}
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

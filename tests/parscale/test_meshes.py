@@ -12,7 +12,7 @@ from parscale.config import Config, DataConfig, TrainConfig
 from parscale.training import Training
 from sharding.mesh import MeshConfig, make_mesh
 
-ROWS, LENGTH = 4, 8
+ROWS, LENGTH = 4, 16  # more than are computed one after the other
 # The three kinds of mixers at once: one model is compiled for a mesh instead of three.
 CONFIG = Config(
     model=ModelConfig(
@@ -21,7 +21,7 @@ CONFIG = Config(
         transform_std=0.1, layer_loop="scan",
     ),
     data=DataConfig(length=LENGTH, batch=ROWS),
-    train=TrainConfig(loss_chunk=3, clip_norm=0.0),
+    train=TrainConfig(loss_chunk=6, clip_norm=0.0),
 )  # fmt: skip
 AXES = {"data": 4, "fsdp": 4, "stream": 4, "sequence": 2, "tensor": 2}
 
@@ -30,7 +30,7 @@ def make_batch() -> dict[str, np.ndarray]:
     """Rows of two documents and padding."""
     rng = np.random.default_rng(0)
     place = np.arange(LENGTH)
-    first, end = rng.integers(2, 5, (ROWS, 1)), rng.integers(6, LENGTH + 1, (ROWS, 1))
+    first, end = rng.integers(2, 10, (ROWS, 1)), rng.integers(12, LENGTH + 1, (ROWS, 1))
     segments = np.where(place < first, 1, np.where(place < end, 2, 0)).astype(np.int32)
     return {
         "ids": rng.integers(0, 64, (ROWS, LENGTH), dtype=np.int32),
