@@ -164,7 +164,7 @@ def test_a_workdir_that_is_not_shared(texts, cache, tmp_path):
 def test_kills_at_random_change_nothing(texts, cache, tmp_path):
     """Restarted after each kill, a run ends with the weights of one that nothing befell."""
     choose = random.Random(0)
-    steps, every = 900, 20
+    steps, every = 45 * TRIALS, 20
     changes = {"train__steps": steps, "train__checkpoint_every": every, "train__log_every": 1}
     whole, folder, logs = tmp_path / "whole", tmp_path / "run", tmp_path / "logs"
     processes.train(2, processes.arguments(texts, whole, **changes), logs, cache)
