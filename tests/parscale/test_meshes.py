@@ -17,8 +17,7 @@ ROWS, LENGTH = 4, 16  # more than are computed one after the other
 CONFIG = Config(
     model=ModelConfig(
         vocab_size=64, width=32, layers=3, heads=4, kv_heads=4, mlp_width=48, streams=4,
-        mixers=("attention", "delta_net", "mlstm_exp"), transform_size=4, init_std=0.03,
-        transform_std=0.1, layer_loop="scan",
+        mixers=("attention", "delta_net", "mlstm_exp"), transform_size=4, layer_loop="scan",
     ),
     data=DataConfig(length=LENGTH, batch=ROWS),
     train=TrainConfig(loss_chunk=6, clip_norm=0.0),
@@ -84,10 +83,9 @@ def check(**axes: int) -> None:
     assert loss == pytest.approx(expected()[0], rel=1e-6)
     for name, wanted in expected()[1].items():
         error = rms(gradient[name] - wanted)
-        # Each of the two float32 programs is about 1e-6 off. A gate that starts all but open or
-        # closed has a gradient of about 1e-6, itself the difference of numbers around 1e-3: no more
-        # can be asked of it than of these.
-        assert error <= 2e-6 * max(rms(wanted), 1e-4), name
+        # A gate that starts all but open or closed has a gradient of about 1e-5, itself the
+        # difference of numbers around 1e-3: no more can be asked of it than of these.
+        assert error <= 1e-6 * max(rms(wanted), 1e-4), name
 
 
 def rms(x: np.ndarray) -> float:
