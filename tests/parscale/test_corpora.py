@@ -149,7 +149,11 @@ def test_a_split_with_an_empty_side_names_a_share_that_works():
         ("a.jsonl", b'{"text": "a\\ud800"}', "line 1: character 1 .*surrogate"),
         ("a.txt.gz", b"plain", "a.txt.gz: damaged, or not a .gz file"),
         ("a.txt.zst", b"plain", "a.txt.zst: damaged, or not a .zst file"),
-        ("a.txt.gz", gzip.compress(b"x" * 99, mtime=0)[:-4], "a.txt.gz: the .gz file ends too early"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"x" * 99, mtime=0)[:-4],
+            "a.txt.gz: the .gz file ends too early",
+        ),
         (
             "a.txt.zst",
             zstandard.ZstdCompressor().compress(bytes(range(256)))[:-4],
