@@ -2,6 +2,7 @@
 
 import pytest
 import runs
+from tiny_corpus import write_texts
 
 from experiments import train
 
@@ -29,7 +30,7 @@ def trained(cache, folder, words):
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
     """A folder of text."""
-    return runs.write_texts(tmp_path_factory.mktemp("texts"))
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -49,16 +48,6 @@ def compiler(cache: Path) -> Iterator[None]:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-
-
-def write_texts(folder: Path) -> Path:
-    """Twenty documents that look like a language, some on each side of the split."""
-    words = random.Random(1)
-    folder.mkdir(exist_ok=True)
-    for number in range(20):
-        lines = (f"def f{words.randrange(9)}(x):\n    return x + {number}" for _ in range(40))
-        (folder / f"{number:02}.txt").write_text("\n".join(lines))
-    return folder
 
 
 def arguments(texts: Path, **changes) -> list[str]:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import runs
+from tiny_corpus import write_texts
 
 from experiments import program, scaling_law
 
@@ -31,7 +32,7 @@ def get_sweep():
 
 @pytest.fixture
 def grid(tmp_path):
-    texts = runs.write_texts(tmp_path / "texts")
+    texts = write_texts(tmp_path / "texts")
     data = runs.DATA | {"corpus": str(texts)}
     path = tmp_path / "grid.py"
     path.write_text(GRID.format(model=runs.MODEL, data=data, train=runs.TRAIN | {"steps": 20}))

@@ -1,13 +1,13 @@
 """What the runs of several processes share."""
 
-import processes
 import pytest
+from tiny_corpus import write_texts
 
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
     """A folder of text."""
-    return processes.write_texts(tmp_path_factory.mktemp("texts"))
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -32,16 +31,6 @@ ENVIRONMENT = {
     # The threads that XLA's collectives of many devices wait for.
     "NPROC": "32",
 }
-
-
-def write_texts(folder: Path) -> Path:
-    """Twenty documents that look like a language, some on each side of the split."""
-    words = random.Random(1)
-    folder.mkdir(exist_ok=True)
-    for number in range(20):
-        lines = (f"def f{words.randrange(9)}(x):\n    return x + {number}" for _ in range(40))
-        (folder / f"{number:02}.txt").write_text("\n".join(lines))
-    return folder
 
 
 def arguments(texts: Path, workdir: Path, **changes) -> list[str]:
