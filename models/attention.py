@@ -60,6 +60,9 @@ class Attention(nnx.Module):
             self.q_bias = weight((heads, head_dim), ("heads", "head_dim"), zeros)
             self.k_bias = weight((kv_heads, head_dim), ("kv_heads", "head_dim"), zeros)
             self.v_bias = weight((kv_heads, head_dim), ("kv_heads", "head_dim"), zeros)
+        if config.branches:
+            shape = (config.branches, kv_heads, head_dim)
+            self.branches = weight(shape, ("slots", "kv_heads", "head_dim"), zeros)
         projections = {
             "q": Projection("heads", heads, head_dim),
             "k": Projection("kv_heads", kv_heads, head_dim),
@@ -89,6 +92,8 @@ class Attention(nnx.Module):
             q = self.streams.project("q", x, q)
             k = self.streams.project("k", x, k)
             v = self.streams.project("v", x, v)
+            if context.branches is not None and hasattr(self, "branches"):
+                k, v = self.mark_branches(k, v, context.branches)
             rope = context.rope[q.shape[-1]]
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k, v, mask, cache = self.remember(k, v, context, cache)
@@ -98,6 +103,16 @@ class Attention(nnx.Module):
             out = self.o[...]
             y = y.reshape(*y.shape[:-2], -1)
             return project(y, out.reshape(-1, out.shape[-1]))[0], cache
+
+    def mark_branches(self, k: Array, v: Array, branches: Int[Array, "B T"]) -> tuple[Array, Array]:
+        """Keys and values with what was learned of their branches (arXiv 2509.04475), 0 for none.
+
+        Branches stand at the same positions; without it a token of one and that of another look
+        alike to what joins them.
+        """
+        learned = jnp.pad(self.branches[...], ((1, 0), (0, 0), (0, 0)))
+        learned = learned.astype(k.dtype)[branches][:, None]
+        return k + learned, v + learned
 
     def remember(
         self, k: Array, v: Array, context: Context, cache: KVCache | None

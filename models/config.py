@@ -40,6 +40,9 @@ class ModelConfig:
     rope_theta: float = option(10000.0, "base of the rotary position embedding")
     norm_eps: float = option(1e-6, "epsilon of RMSNorm")
     init_std: float = option(0.02, "standard deviation of initial weights")
+    branches: int = option(
+        0, "branches of a fork that attention can tell apart by what it learns of each; 0: by none"
+    )
     max_length: int = option(2048, "positions the model is meant for", resume="free")
 
     streams: int = option(1, "parallel streams [P]; 1 is the plain model", resume="growable")
@@ -76,7 +79,9 @@ class ModelConfig:
             self, 1, "vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width", "streams",
             "transform_size", "max_length", "window", "conv_size",
         )  # fmt: skip
-        check_at_least(self, 0, "key_dim", "value_dim", "norm_eps", "init_std", "transform_std")
+        check_at_least(
+            self, 0, "branches", "key_dim", "value_dim", "norm_eps", "init_std", "transform_std",
+        )  # fmt: skip
         if self.rope_theta <= 0:
             raise InputError(f"rope_theta={self.rope_theta}: expected more than 0")
         if self.width % self.heads:
@@ -144,3 +149,13 @@ class ModelConfig:
     def value_head_dim(self) -> int:
         """Width of one value of a recurrent mixer [hv]."""
         return self.value_dim or self.head_dim
+
+
+def check_forks(config: ModelConfig) -> None:
+    """Raises InputError if a text that forks and joins is not for such a model."""
+    for name in config.mixers:
+        if name != "attention":
+            raise InputError(
+                f"mixers={','.join(config.mixers)}: {name} reads a text in one line; one whose "
+                "branches join, or do not see each other, is for attention alone"
+            )

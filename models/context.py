@@ -22,6 +22,7 @@ class Context:
       mask: who may see whom; None where no layer attends to all positions.
       window_mask: and within a window; None where no layer has one, or given a cache.
       segment_ids: int32 `[B, T]`, documents count from 1, 0 is padding; None: one document a row.
+      branches: int32 `[B, T]`, the number of each token's branch, 0 outside of branches; None: all.
       soft: how many soft tokens stand before the T tokens of every row. Positions, rope and masks
         are of both; every document sees the soft tokens, which segment ids do not say.
     """
@@ -31,6 +32,7 @@ class Context:
     mask: Mask | None = None
     window_mask: Mask | None = None
     segment_ids: Int[Array, "B T"] | None = None
+    branches: Int[Array, "B T"] | None = None
     soft: int = dataclasses.field(default=0, metadata={"static": True})
 
     def real_tokens(self) -> Int[Array, "B"]:

@@ -9,13 +9,14 @@ from jaxtyping import Array, Float, Int
 
 from models.aggregation import make_aggregation
 from models.attention import KVCache
-from models.config import ATTENTION, ModelConfig
+from models.config import ATTENTION, ModelConfig, check_forks
 from models.context import Context
 from models.layers import RMSNorm, SwiGLU, rope_tables
 from models.mixers import MIXERS
 from models.transforms import SoftTokens, prefix_from_tokens
 from models.weights import WeightMaker
 from pallas_kernels import masks
+from pallas_kernels.masks import Mask
 from sharding import rules
 
 STREAM_ACTIVATIONS = ("batch", "streams", "length", None)
@@ -72,6 +73,8 @@ class LanguageModel(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        mask: Mask | None = None,
+        branches: Int[Array, "B T"] | None = None,
         cache: Any = None,
     ) -> Any:
         """Logits of the next token.
@@ -82,13 +85,25 @@ class LanguageModel(nnx.Module):
             the positions of a row are consecutive and say where in the cache it goes on.
           segment_ids: documents of a row, which do not see each other, count from 1; 0 is padding.
             Given a cache, a row has one document, and its padding stands behind it.
+          mask: who sees whom, in place of the causal order within documents (`models.segments`);
+            for models of attention alone, and without a cache.
+          branches: of tokens in branches beside each other the number of the branch, which chooses
+            what `config.branches` learned of it; 0 outside of them, and by default.
           cache: what `init_cache` or an earlier call gave.
 
         Returns:
           float32 logits `[B, T, V]`; given a cache, a pair of them and the new cache.
+
+        Raises:
+          InputError: a mask for a model with other mixers than attention.
         """
         x, new_cache = self.run_streams(
-            ids, positions=positions, segment_ids=segment_ids, cache=cache
+            ids,
+            positions=positions,
+            segment_ids=segment_ids,
+            mask=mask,
+            branches=branches,
+            cache=cache,
         )
         logits = self.logits(self.mix(x))
         return logits if cache is None else (logits, new_cache)
@@ -99,9 +114,13 @@ class LanguageModel(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        mask: Mask | None = None,
+        branches: Int[Array, "B T"] | None = None,
         cache: Any = None,
     ) -> tuple[Float[Array, "B P T D"], Any]:
         """Each stream's output after the final norm, and the cache; arguments as for a call."""
+        if mask is not None:
+            check_forks(self.config)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
         # Rows gathered from a table that is whole along D come out split as `ids` are.
@@ -112,12 +131,13 @@ class LanguageModel(nnx.Module):
         x = rules.constrain(jnp.broadcast_to(x[:, None], shape), *STREAM_ACTIVATIONS)
         if cache is not None:
             positions = positions + self._soft_length
-            return self._decoder(x, positions, None, segment_ids, cache)
-        mask = masks.causal() if segment_ids is None else masks.packed(segment_ids)
+            return self._decoder(x, positions, None, segment_ids, branches, cache)
+        if mask is None:
+            mask = masks.causal() if segment_ids is None else masks.packed(segment_ids)
         if not self._soft_length:
-            return self._decoder(x, positions, mask, segment_ids, None)
-        x, positions, mask = self._prepend_soft_tokens(x, positions, mask)
-        y, _ = self._decoder(x, positions, mask, segment_ids, None, self._soft_length)
+            return self._decoder(x, positions, mask, segment_ids, branches, None)
+        x, positions, mask, branches = self._prepend_soft_tokens(x, positions, mask, branches)
+        y, _ = self._decoder(x, positions, mask, segment_ids, branches, None, self._soft_length)
         return y[:, :, self._soft_length :], None
 
     def mix(self, x: Float[Array, "B P T D"]) -> Float[Array, "B T D"]:
@@ -155,7 +175,7 @@ class LanguageModel(nnx.Module):
                 (batch, self.config.streams, soft, self.config.width),
             )
             positions = jnp.broadcast_to(jnp.arange(soft, dtype=jnp.int32), (batch, soft))
-            _, cache = self._decoder(x, positions, None, None, cache)
+            _, cache = self._decoder(x, positions, None, None, None, cache)
         return cache
 
     def stacks(self) -> list[Layer]:
@@ -190,7 +210,7 @@ class LanguageModel(nnx.Module):
         graph, stack = nnx.split(self.stacks()[place])
         return nnx.merge(graph, jax.tree.map(lambda array: array[repeat], nnx.to_pure_dict(stack)))
 
-    def _prepend_soft_tokens(self, x, positions, mask):
+    def _prepend_soft_tokens(self, x, positions, mask, branches):
         """The soft tokens stand at positions 0 ... M-1 before the real ones, which all see them."""
         soft = self._soft_length
         batch, streams, length, width = x.shape
@@ -204,9 +224,11 @@ class LanguageModel(nnx.Module):
             runs = jnp.broadcast_to(runs, (*mask.intervals.shape[:-1], soft))
             intervals = jnp.concatenate([runs, mask.intervals + soft], -1)
             mask = masks.Mask(intervals=intervals, causal=mask.causal)
-        return x, positions, mask
+        if branches is not None:
+            branches = jnp.pad(branches, ((0, 0), (soft, 0)))
+        return x, positions, mask, branches
 
-    def _decoder(self, x, positions, mask, segment_ids, cache, soft=0):
+    def _decoder(self, x, positions, mask, segment_ids, branches, cache, soft=0):
         """All layers and the final norm; given a cache, attention's mask is what it holds."""
         config, length = self.config, x.shape[2]
         rotated = {config.head_dim} if set(config.mixers) & set(ATTENTION) else set()
@@ -224,6 +246,7 @@ class LanguageModel(nnx.Module):
             mask=mask,
             window_mask=window_mask,
             segment_ids=segment_ids,
+            branches=branches,
             soft=soft,
         )
         x, cache = self._run_layers(x, context, cache)
