@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models.block_cache import BlockPool, attend_view
 from models.config import ModelConfig
 from models.context import Context
 from models.layers import apply_rope, project
@@ -55,6 +56,7 @@ class Attention(nnx.Module):
         self.k = weight((width, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
         self.v = weight((width, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
         self.o = weight((heads, head_dim, width), ("heads", "head_dim", "embed"))
+        self.theta = config.rope_theta
         self.biased = config.qkv_bias
         if config.qkv_bias:
             self.q_bias = weight((heads, head_dim), ("heads", "head_dim"), zeros)
@@ -78,7 +80,8 @@ class Attention(nnx.Module):
         Args:
           x: normed input of the layer.
           context: positions and mask of this pass.
-          cache: keys and values so far; None attends within `x` alone.
+          cache: keys and values so far; None attends within `x` alone. Of a `BlockPool` the
+            context says what is seen.
 
         Returns:
           the output and the cache with this pass's keys and values written (None for None).
@@ -95,10 +98,15 @@ class Attention(nnx.Module):
             if context.branches is not None and hasattr(self, "branches"):
                 k, v = self.mark_branches(k, v, context.branches)
             rope = context.rope[q.shape[-1]]
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        k, v, mask, cache = self.remember(k, v, context, cache)
+            q, k = apply_rope(q, rope), apply_rope(k, context.key_rope or rope)
         with jax.named_scope("attention"):
-            y = attend(q, k, v, mask, self.streams.prefix(), cached=cache is not None)
+            if isinstance(cache, BlockPool):
+                y, cache = attend_view(
+                    q, k, v, cache, context.view, context.mask, self.streams.prefix(), self.theta
+                )
+            else:
+                k, v, mask, cache = self.remember(k, v, context, cache)
+                y = attend(q, k, v, mask, self.streams.prefix(), cached=cache is not None)
         with jax.named_scope("out"):
             out = self.o[...]
             y = y.reshape(*y.shape[:-2], -1)
@@ -128,6 +136,11 @@ class Attention(nnx.Module):
         shape = (batch, config.streams, length, config.kv_heads, config.head_dim)
         empty = jnp.zeros(shape, config.dtype)
         return KVCache(empty, empty)
+
+    def init_blocks(self, config: ModelConfig, blocks: int, slots: int) -> BlockPool:
+        """Blocks of `slots` tokens of one stream each, in the type of activations."""
+        empty = jnp.zeros((blocks, slots, config.kv_heads, config.head_dim), config.dtype)
+        return BlockPool(empty, empty)
 
 
 class WindowCache(NamedTuple):

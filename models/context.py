@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from models.block_cache import View
 from pallas_kernels.masks import Mask
 
 
@@ -19,9 +20,11 @@ class Context:
       positions: int32 `[B, T]`, each token's place in its document (and in the cache).
       rope: cosines and sines of the rotary embedding, float32 `[B, T, h/2]` each, for each head
         dimension h that a mixer rotates.
+      key_rope: those of attention's keys, where they differ.
       mask: who may see whom; None where no layer attends to all positions.
       window_mask: and within a window; None where no layer has one, or given a cache.
       segment_ids: int32 `[B, T]`, documents count from 1, 0 is padding; None: one document a row.
+      view: of a cache in blocks, what is seen of it and where the tokens go; None: there is none.
       branches: int32 `[B, T]`, the number of each token's branch, 0 outside of branches; None: all.
       soft: how many soft tokens stand before the T tokens of every row. Positions, rope and masks
         are of both; every document sees the soft tokens, which segment ids do not say.
@@ -33,6 +36,8 @@ class Context:
     window_mask: Mask | None = None
     segment_ids: Int[Array, "B T"] | None = None
     branches: Int[Array, "B T"] | None = None
+    view: View | None = None
+    key_rope: tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None = None
     soft: int = dataclasses.field(default=0, metadata={"static": True})
 
     def real_tokens(self) -> Int[Array, "B"]:

@@ -1,5 +1,7 @@
 """The parallel-scaling language model: one set of weights, P streams, one mixed output."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from models.aggregation import make_aggregation
 from models.attention import KVCache
+from models.block_cache import View, with_states, without_states
 from models.config import ATTENTION, ModelConfig, check_forks
 from models.context import Context
 from models.layers import RMSNorm, SwiGLU, rope_tables
@@ -76,6 +79,7 @@ class LanguageModel(nnx.Module):
         mask: Mask | None = None,
         branches: Int[Array, "B T"] | None = None,
         cache: Any = None,
+        view: View | None = None,
     ) -> Any:
         """Logits of the next token.
 
@@ -89,7 +93,9 @@ class LanguageModel(nnx.Module):
             for models of attention alone, and without a cache.
           branches: of tokens in branches beside each other the number of the branch, which chooses
             what `config.branches` learned of it; 0 outside of them, and by default.
-          cache: what `init_cache` or an earlier call gave.
+          cache: what `init_cache` or an earlier call gave; or blocks and states (`init_blocks`,
+            `init_states`) with a view.
+          view: what the rows see of a cache in blocks, and where their tokens go.
 
         Returns:
           float32 logits `[B, T, V]`; given a cache, a pair of them and the new cache.
@@ -104,6 +110,7 @@ class LanguageModel(nnx.Module):
             mask=mask,
             branches=branches,
             cache=cache,
+            view=view,
         )
         logits = self.logits(self.mix(x))
         return logits if cache is None else (logits, new_cache)
@@ -117,6 +124,7 @@ class LanguageModel(nnx.Module):
         mask: Mask | None = None,
         branches: Int[Array, "B T"] | None = None,
         cache: Any = None,
+        view: View | None = None,
     ) -> tuple[Float[Array, "B P T D"], Any]:
         """Each stream's output after the final norm, and the cache; arguments as for a call."""
         if mask is not None:
@@ -131,7 +139,12 @@ class LanguageModel(nnx.Module):
         x = rules.constrain(jnp.broadcast_to(x[:, None], shape), *STREAM_ACTIVATIONS)
         if cache is not None:
             positions = positions + self._soft_length
-            return self._decoder(x, positions, None, segment_ids, branches, cache)
+            if view is not None:
+                mask = masks.causal() if mask is None else mask
+                if view.key_positions is not None:
+                    moved = view.key_positions + self._soft_length
+                    view = dataclasses.replace(view, key_positions=moved)
+            return self._decoder(x, positions, mask, segment_ids, branches, cache, view=view)
         if mask is None:
             mask = masks.causal() if segment_ids is None else masks.packed(segment_ids)
         if not self._soft_length:
@@ -158,17 +171,9 @@ class LanguageModel(nnx.Module):
     def init_cache(self, batch: int, length: int) -> Any:
         """A cache for `batch` rows of up to `length` tokens, as calls of this model expect it."""
         soft = self._soft_length
-        caches = [
-            self._layer(index).mixer.init_cache(self.config, batch, soft + length)
-            for index in range(self.config.layers)
-        ]
-        cache = tuple(caches)
-        if not self._unrolled:
-            places = len(self.config.mixers)
-            cache = tuple(
-                jax.tree.map(lambda *parts: jnp.stack(parts), *caches[place::places])
-                for place in range(places)
-            )
+        cache = self._by_layer(
+            lambda index: self._layer(index).mixer.init_cache(self.config, batch, soft + length)
+        )
         if soft:
             x = jnp.broadcast_to(
                 self.soft_tokens.tokens[...].astype(self.config.dtype),
@@ -177,6 +182,44 @@ class LanguageModel(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(soft, dtype=jnp.int32), (batch, soft))
             _, cache = self._decoder(x, positions, None, None, None, cache)
         return cache
+
+    def init_blocks(self, blocks: int, slots: int) -> Any:
+        """Blocks of `slots` tokens for each layer of attention, None for others."""
+
+        def of_layer(index):
+            mixer = self._layer(index).mixer
+            is_attention = self.config.mixers[index % len(self.config.mixers)] == "attention"
+            return mixer.init_blocks(self.config, blocks, slots) if is_attention else None
+
+        return self._by_layer(of_layer)
+
+    def init_states(self, batch: int) -> Any:
+        """Of each layer what `batch` rows remember before any token; None for attention."""
+
+        def of_layer(index):
+            if self.config.mixers[index % len(self.config.mixers)] == "attention":
+                return None
+            return self._layer(index).mixer.init_cache(self.config, batch, self.config.max_length)
+
+        return self._by_layer(of_layer)
+
+    def _by_layer(self, of_layer: Callable[[int], Any]) -> tuple:
+        """What `of_layer` gives for each layer, stacked as the layers are."""
+        caches = tuple(map(of_layer, range(self.config.layers)))
+        if self._unrolled:
+            return caches
+        places = len(self.config.mixers)
+        return tuple(
+            jax.tree.map(lambda *parts: jnp.stack(parts), *caches[place::places])
+            for place in range(places)
+        )
+
+    def write_soft_tokens(self, cache: Any, view: View) -> Any:
+        """The cache of one row after the soft tokens, which stand before its first token."""
+        soft = self._soft_length
+        x = self.soft_tokens.tokens[...].astype(self.config.dtype)[None]
+        positions = jnp.arange(soft, dtype=jnp.int32)[None]
+        return self._decoder(x, positions, masks.causal(), None, None, cache, view=view)[1]
 
     def stacks(self) -> list[Layer]:
         """The stacked layers, one stack for each place in the pattern of mixers."""
@@ -228,7 +271,7 @@ class LanguageModel(nnx.Module):
             branches = jnp.pad(branches, ((0, 0), (soft, 0)))
         return x, positions, mask, branches
 
-    def _decoder(self, x, positions, mask, segment_ids, branches, cache, soft=0):
+    def _decoder(self, x, positions, mask, segment_ids, branches, cache, soft=0, view=None):
         """All layers and the final norm; given a cache, attention's mask is what it holds."""
         config, length = self.config, x.shape[2]
         rotated = {config.head_dim} if set(config.mixers) & set(ATTENTION) else set()
@@ -240,6 +283,9 @@ class LanguageModel(nnx.Module):
         window_mask = None
         if cache is None and "window" in config.mixers:
             window_mask = masks.sliding_window(length, config.window) & mask
+        key_rope = None
+        if view is not None and view.key_positions is not None:
+            key_rope = rope_tables(view.key_positions, config.head_dim, config.rope_theta)
         context = Context(
             positions=positions,
             rope={h: rope_tables(positions, h, config.rope_theta) for h in rotated},
@@ -247,6 +293,8 @@ class LanguageModel(nnx.Module):
             window_mask=window_mask,
             segment_ids=segment_ids,
             branches=branches,
+            view=view,
+            key_rope=key_rope,
             soft=soft,
         )
         x, cache = self._run_layers(x, context, cache)
@@ -279,7 +327,20 @@ class LanguageModel(nnx.Module):
         if unrolled:
             x, new = run_all(graphs, x, weights, caches)
         else:
-            x, new = jax.lax.scan(
-                lambda x, layers: run_all(graphs, x, *layers), x, (weights, caches)
+            # Blocks are carried whole and written in place; a part for each step would be a copy.
+            pools, states = without_states(caches)
+
+            def step(carry, layers):
+                x, pools = carry
+                index, weights, states = layers
+                held = tuple(pool and pool._replace(layer=index) for pool in pools)
+                x, new = run_all(graphs, x, weights, with_states(held, states))
+                pools, states = without_states(new)
+                return (x, tuple(pool and pool._replace(layer=None) for pool in pools)), states
+
+            count = self.config.layers // len(self.config.mixers)
+            (x, pools), states = jax.lax.scan(
+                step, (x, pools), (jnp.arange(count, dtype=jnp.int32), weights, states)
             )
+            new = with_states(pools, states)
         return x, None if cache is None else new

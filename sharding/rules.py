@@ -20,6 +20,7 @@ RULES: Mapping[str, MeshAxes] = {
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
     "chunk": ("sequence", "stream"),  # positions whose logits exist at once
+    "blocks": ("data", "fsdp", "stream"),  # of a cache; a device has those of its rows and streams
     # parameters
     "layers": (),
     "embed": ("fsdp",),
