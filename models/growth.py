@@ -1,4 +1,6 @@
-"""More streams for a model that has some: old weights stay, new ones are drawn."""
+"""More streams for a model that has some, the old weights as they were; or the first one alone."""
+
+import dataclasses
 
 import jax
 from flax import nnx
@@ -8,6 +10,7 @@ from models.config import ModelConfig
 from models.transformer import LanguageModel
 from models.transforms import prefix_from_tokens
 from models.trees import Tree, overlay
+from models.weights import TransformParam
 from sharding.settings import InputError
 
 FREE = {"streams", "init_std", "max_length", "dtype", "layer_loop", "remat"}
@@ -53,3 +56,29 @@ def begin_from(config: ModelConfig, key: Array, given: Tree) -> Tree:
     model = nnx.merge(nnx.graphdef(model), params)
     prefix_from_tokens(model, jax.random.fold_in(key, 1))
     return overlay(nnx.to_pure_dict(nnx.state(model)), given)
+
+
+def first_stream(model: LanguageModel) -> LanguageModel:
+    """What computes the first of a model's streams alone.
+
+    Raises:
+      InputError: the streams differ by soft tokens, which are not weights of layers.
+    """
+    config = model.config
+    if model.soft_length:
+        raise InputError("transform=soft_tokens: the first stream cannot be computed alone")
+    if config.streams == 1:
+        return model
+    graph, state = nnx.split(model)
+
+    def first(weight):
+        if not isinstance(weight, TransformParam):
+            return weight
+        # Counted from the end: layers may or may not be stacked.
+        axis = weight.axes.index("streams") - len(weight.axes)
+        return weight.replace(jax.lax.slice_in_dim(weight[...], 0, 1, axis=weight[...].ndim + axis))
+
+    is_weight = lambda node: isinstance(node, nnx.Variable)
+    alone = nnx.merge(graph, jax.tree.map(first, state, is_leaf=is_weight))
+    alone.config = dataclasses.replace(config, streams=1)
+    return alone

@@ -138,20 +138,20 @@ class LanguageModel(nnx.Module):
         shape = (ids.shape[0], self.config.streams, *x.shape[1:])
         x = rules.constrain(jnp.broadcast_to(x[:, None], shape), *STREAM_ACTIVATIONS)
         if cache is not None:
-            positions = positions + self._soft_length
+            positions = positions + self.soft_length
             if view is not None:
                 mask = masks.causal() if mask is None else mask
                 if view.key_positions is not None:
-                    moved = view.key_positions + self._soft_length
+                    moved = view.key_positions + self.soft_length
                     view = dataclasses.replace(view, key_positions=moved)
             return self._decoder(x, positions, mask, segment_ids, branches, cache, view=view)
         if mask is None:
             mask = masks.causal() if segment_ids is None else masks.packed(segment_ids)
-        if not self._soft_length:
+        if not self.soft_length:
             return self._decoder(x, positions, mask, segment_ids, branches, None)
         x, positions, mask, branches = self._prepend_soft_tokens(x, positions, mask, branches)
-        y, _ = self._decoder(x, positions, mask, segment_ids, branches, None, self._soft_length)
-        return y[:, :, self._soft_length :], None
+        y, _ = self._decoder(x, positions, mask, segment_ids, branches, None, self.soft_length)
+        return y[:, :, self.soft_length :], None
 
     def mix(self, x: Float[Array, "B P T D"]) -> Float[Array, "B T D"]:
         """The aggregate of the streams; the only stream itself if P = 1."""
@@ -170,7 +170,7 @@ class LanguageModel(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> Any:
         """A cache for `batch` rows of up to `length` tokens, as calls of this model expect it."""
-        soft = self._soft_length
+        soft = self.soft_length
         cache = self._by_layer(
             lambda index: self._layer(index).mixer.init_cache(self.config, batch, soft + length)
         )
@@ -215,10 +215,11 @@ class LanguageModel(nnx.Module):
         )
 
     def write_soft_tokens(self, cache: Any, view: View) -> Any:
-        """The cache of one row after the soft tokens, which stand before its first token."""
-        soft = self._soft_length
-        x = self.soft_tokens.tokens[...].astype(self.config.dtype)[None]
-        positions = jnp.arange(soft, dtype=jnp.int32)[None]
+        """The cache after the soft tokens, which stand before the first token of every row."""
+        soft = self.soft_length
+        x = self.soft_tokens.tokens[...].astype(self.config.dtype)
+        x = jnp.broadcast_to(x, (len(view.blocks), *x.shape))
+        positions = jnp.broadcast_to(jnp.arange(soft, dtype=jnp.int32), (len(view.blocks), soft))
         return self._decoder(x, positions, masks.causal(), None, None, cache, view=view)[1]
 
     def stacks(self) -> list[Layer]:
@@ -242,7 +243,13 @@ class LanguageModel(nnx.Module):
         return loop == "unroll" or isinstance(self.layers, nnx.List)
 
     @property
-    def _soft_length(self) -> int:
+    def state_axis(self) -> int:
+        """The axis of rows in what `init_states` gives."""
+        return 0 if self._unrolled else 1
+
+    @property
+    def soft_length(self) -> int:
+        """Soft tokens that stand before the first token of every row."""
         soft = self.config.streams > 1 and self.config.transform == "soft_tokens"
         return self.config.transform_size if soft else 0
 
@@ -255,7 +262,7 @@ class LanguageModel(nnx.Module):
 
     def _prepend_soft_tokens(self, x, positions, mask, branches):
         """The soft tokens stand at positions 0 ... M-1 before the real ones, which all see them."""
-        soft = self._soft_length
+        soft = self.soft_length
         batch, streams, length, width = x.shape
         tokens = self.soft_tokens.tokens[...].astype(x.dtype)
         x = jnp.concatenate([jnp.broadcast_to(tokens, (batch, streams, soft, width)), x], 2)

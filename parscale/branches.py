@@ -1,0 +1,251 @@
+"""What a script writes with: branches of a text over shared blocks of a cache.
+
+A script is a generator function `script(root, request)`. It yields lists of writes, which run side
+by side, and goes on when all of them have ended; what it returns are the tokens of the answer.
+
+    def script(root, request):
+        yield [root.write(request.prompt)]
+        paths = root.fork(2)
+        yield [path.write([tag], most=20, until={end}) for path in paths]
+        whole = join(paths)
+        yield [whole.write([conclusion], most=20)]
+        return whole.new
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from parscale.block_memory import BlockMemory
+from sharding.settings import InputError
+
+
+@dataclasses.dataclass
+class Entry:
+    """A block of each stream in a view.
+
+    Attributes:
+      blocks: numbers, one for each stream; streams that share what they read name the same.
+      count: slots that are seen.
+      shift: positions that it is moved by.
+      part: of the view that it belongs to (`models.block_cache.Parts`).
+    """
+
+    blocks: tuple[int, ...]
+    count: int
+    shift: int = 0
+    part: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+    """Tokens to write at the end of a branch, then others to generate.
+
+    Attributes:
+      branch: where.
+      tokens: what is written first.
+      most: how many are generated at most.
+      until: a token that ends the generation; it is the last one generated.
+      shared: of several streams only the first computes; the others read its keys and values.
+    """
+
+    branch: "Branch"
+    tokens: tuple[int, ...]
+    most: int = 0
+    until: frozenset[int] = frozenset()
+    shared: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """Writes of which the first to end stops the others where they are."""
+
+    writes: tuple[Write, ...]
+
+
+class Branch:
+    """A text that is being written, and what its tokens see.
+
+    Attributes:
+      number: of the branch in its request, from 0.
+      position: of the next token; may be set before a write.
+      mark: what `ModelConfig.branches` calls this branch; 0: none.
+      new: tokens that its last write generated.
+      chain: tokens generated one after the other so far, on the longest way to here.
+      entries: what it has written and what it goes on from, in order.
+      sees: other branches of the request whose texts it reads as they grow, in a line before its
+        own text, each moved to follow the one before; None: none, and nothing moves.
+      temperatures, factors: of the parts of its view, from part 0 (`models.block_cache.Parts`).
+    """
+
+    def __init__(self, owner: Any, number: int):
+        self.owner, self.number = owner, number
+        self.position = self.mark = self.chain = 0
+        self.new: list[int] = []
+        self.entries: list[Entry] = []
+        self.sees: Sequence[Branch] | None = None
+        self.temperatures: tuple[float, ...] = (1.0,)
+        self.factors: tuple[float, ...] = (1.0,)
+        self.pending: int | None = None  # generated, but not yet in the cache
+        self.members: list[Branch] = []  # what it joins, until its first write
+        self.states: Any = None  # what layers without blocks remember
+        self.inherited = 0  # entries that it began with
+        self.spare: list[tuple[int, ...]] = []  # blocks of its own without a token yet
+        self.shared = False  # whether streams share what is written now
+        self.dropped = False
+        self.grows = False  # whether the last entry is its own, to be filled further
+
+    def write(
+        self,
+        tokens: Iterable[int] = (),
+        most: int = 0,
+        until: Iterable[int] = (),
+        *,
+        shared: bool = False,
+    ) -> Write:
+        """What is to be written and generated at the end of this branch; to be yielded."""
+        return Write(self, tuple(map(int, tokens)), most, frozenset(until), shared)
+
+    def fork(self, count: int = 1) -> "list[Branch]":
+        """Branches that go on from here, and see nothing of each other; nothing is copied.
+
+        Raises:
+          InputError: `count` is less than 1, or the branch was dropped.
+        """
+        self.check_alive("fork")
+        if count < 1:
+            raise InputError(f"a fork into {count} branches: expected at least 1")
+        return [self._child() for _ in range(count)]
+
+    def drop(self) -> None:
+        """Releases its blocks, but those that others hold."""
+        if not self.dropped:
+            for entry in self.entries:
+                self.memory.release(entry.blocks)
+            self.entries, self.states, self.dropped = [], None, True
+            self._release_spare()
+
+    @property
+    def memory(self) -> BlockMemory:
+        return self.owner.memory
+
+    @property
+    def length(self) -> int:
+        """Tokens in its entries."""
+        return sum(entry.count for entry in self.entries)
+
+    def move(self, by: int) -> None:
+        """Moves what it sees by so many positions."""
+        for entry in self.entries:
+            entry.shift += by
+        self.grows = False
+
+    def part(self, number: int, temperature: float = 1.0, factor: float = 1.0) -> None:
+        """Makes what it wrote itself so far a part of the view, as APE does with contexts."""
+        for entry in self.entries[self.inherited :]:
+            entry.part = number
+        for name, value in (("temperatures", temperature), ("factors", factor)):
+            have = list(getattr(self, name))
+            have += [1.0] * (number + 1 - len(have))
+            have[number] = value
+            setattr(self, name, tuple(have))
+
+    def take(self, other: "Branch") -> None:
+        """Puts the text of another branch behind its own, moved to follow it; the other is empty.
+
+        Both have to count their positions from 0, as branches with `sees` do.
+        """
+        self.check_alive("take")
+        length = self.length
+        for entry in other.entries:
+            entry.shift += length
+        self.entries += other.entries
+        self.position += other.length
+        other.entries, other.position, other.grows, self.grows = [], 0, False, False
+
+    def set_shared(self, shared: bool) -> None:
+        """Whether streams share what is written next, which is then in blocks of its own."""
+        if shared != self.shared:
+            self._release_spare()
+            self.shared, self.grows = shared, False
+
+    def _release_spare(self) -> None:
+        for blocks in self.spare:
+            self.memory.release(blocks)
+        self.spare = []
+
+    def _child(self) -> "Branch":
+        child = self.owner.new_branch()
+        for name in ("position", "mark", "chain", "temperatures", "factors", "pending", "sees"):
+            setattr(child, name, getattr(self, name))
+        child.members = list(self.members)
+        child.states = self.states
+        child.see(self.entries)
+        child.inherited = len(child.entries)
+        return child
+
+    def see(self, entries: Sequence[Entry]) -> None:
+        """Adds entries to its view, with what they hold now."""
+        for entry in entries:
+            if entry.count:
+                self.memory.hold(entry.blocks)
+                self.entries.append(dataclasses.replace(entry))
+        self.grows = False
+
+    @property
+    def end(self) -> int:
+        """The position after all that it has, or sees in a line."""
+        pending = self.pending is not None
+        if self.sees is None:
+            return self.position + pending
+        return sum(other.length for other in self.sees) + self.length + pending
+
+    def check_alive(self, what: str) -> None:
+        """Raises InputError if the branch is no more; `what` is what was wanted of it."""
+        if self.dropped:
+            raise InputError(f"{what} of branch {self.number}, which was dropped or has ended")
+
+
+def join(branches: Sequence[Branch], position: int | None = None) -> Branch:
+    """A branch that sees all that the given ones see, with their keys and values as they are.
+
+    Args:
+      branches: of one request; what they have in common is seen once.
+      position: of its first token; by default that after the furthest branch.
+
+    Raises:
+      InputError: no branch, one that was dropped, one named twice, or branches of several requests.
+    """
+    if not branches:
+        raise InputError("a join of no branch: expected at least one")
+    for branch in branches:
+        branch.check_alive("join")
+    first = branches[0]
+    if any(branch.owner is not first.owner for branch in branches):
+        raise InputError("a join of branches of several requests: expected those of one")
+    if len({branch.number for branch in branches}) < len(branches):
+        numbers = ", ".join(str(branch.number) for branch in branches)
+        raise InputError(f"a join of branches {numbers}: expected each once")
+    first.owner.check_join()
+    whole = first.owner.new_branch()
+    whole.members = [member for branch in branches for member in branch.members or [branch]]
+    whole.temperatures = max((branch.temperatures for branch in branches), key=len)
+    whole.factors = max((branch.factors for branch in branches), key=len)
+    whole.chain = max(branch.chain for branch in branches)
+    whole.position = max(branch.end for branch in branches) if position is None else position
+    return whole
+
+
+def gather(branch: Branch) -> None:
+    """Gives a branch that joins others what these see; their last tokens are in the cache now."""
+    if not branch.members:
+        return
+    seen: dict[tuple, Entry] = {}
+    for member in branch.members:
+        for entry in member.entries:
+            name = (entry.blocks, entry.shift)
+            if name not in seen or seen[name].count < entry.count:
+                seen[name] = entry
+    branch.see(list(seen.values()))
+    branch.inherited = len(branch.entries)
+    branch.members = []

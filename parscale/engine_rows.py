@@ -1,0 +1,456 @@
+"""What the engine's passes are made of: rows as arrays, for the models of one number of streams."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.block_cache import View, with_states, without_states
+from models.growth import first_stream
+from models.transformer import LanguageModel
+from parscale import engine_steps
+from parscale.block_memory import BlockMemory
+from parscale.branches import Branch, Entry, Write, gather
+from parscale.engine_steps import NO_TOKEN, Rows, Seen, Tokens
+from parscale.sampling import GREEDY, as_arrays
+from sharding import rules
+
+FEWEST = 4
+"""Blocks and tokens are counted up to a power of 2, or one and a half, from here."""
+
+
+class Job:
+    """A write that is being done.
+
+    Attributes:
+      active: the request.
+      write, branch: what and where.
+      left: tokens that are not written yet.
+      most: tokens that may still be generated.
+      row: where it generates.
+      ended: whether it is done.
+    """
+
+    def __init__(self, active: Any, write: Write):
+        self.active, self.write, self.branch = active, write, write.branch
+        self.group: Group = active.group
+        self.left: list[int] = []
+        self.most = write.most
+        self.row: int | None = None
+        self.ended = self.begun = False
+
+    def begin(self) -> bool:
+        """Makes its branch ready, the first time; True."""
+        if self.begun:
+            return True
+        self.begun, branch = True, self.branch
+        gather(branch)
+        if branch.pending is not None and (self.write.tokens or not self.write.most):
+            self.left, branch.pending = [branch.pending], None
+        self.left += self.write.tokens
+        self.active.written += len(self.write.tokens)
+        branch.new = []
+        branch.set_shared(self.write.shared)
+        return True
+
+    @property
+    def is_generating(self) -> bool:
+        """Whether nothing but generating is left."""
+        return self.begun and not self.left and not self.ended
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The parts of the cache that a block of each stream is taken from."""
+        parts = self.active.parts
+        return parts[:1] if self.write.shared else parts
+
+    def spread(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        """The blocks of all streams, given those of `parts`."""
+        return blocks * len(self.active.parts) if self.write.shared else blocks
+
+    def missing_blocks(self, count: int) -> int:
+        """Blocks that its branch needs for `count` more tokens and has not."""
+        if not self.group.has_blocks:
+            return 0
+        slots = self.group.slots
+        room = slots * len(self.branch.spare)
+        if self.branch.grows:
+            room += slots - self.branch.entries[-1].count
+        return max(0, -(-(count - room) // slots))
+
+    def length(self, limit: int) -> int:
+        """Tokens that one pass writes."""
+        return min(len(self.left), limit)
+
+    def shape(self, limit: int) -> tuple:
+        """Jobs of the same shape are written in one pass."""
+        length = self.length(limit)
+        return id(self.group), 1 if length == 1 else rounded(length, 16), self.write.shared
+
+
+@dataclasses.dataclass
+class Text:
+    """Where a branch stands before a pass: what it sees, and where its next token goes.
+
+    Attributes:
+      entries: of the cache, those of its own text last.
+      tail: the place in `entries` of the block that the next token goes to.
+      filled: slots of that block that are full.
+      position, key_position: of the next token and of its key.
+    """
+
+    entries: list[Entry]
+    tail: int
+    filled: int
+    position: int
+    key_position: int
+
+
+class Group:
+    """The model of one number of streams, and the rows that generate with it."""
+
+    def __init__(self, model: LanguageModel, rows: int, memory: BlockMemory, slots: int):
+        self.config = model.config
+        self.memory, self.slots = memory, slots
+        self.model = model.unstack() if jax.default_backend() == "cpu" else model
+        graph, params = nnx.split(self.model)
+        self._steps = {False: _Compiled(graph, nnx.to_pure_dict(params))}
+        self._row_parts = rules.parts("batch")
+        self._stream_parts = rules.parts("streams")
+        self._rows: list[Job | None] = [None] * rows
+        self.soft_entries: list[list[Entry]] = [[] for _ in range(self._row_parts)]
+        self.first_states = _states(self.model, 1)
+        self._states = _states(self.model, rows)
+        self._has_states = bool(jax.tree.leaves(self._states))
+        self.has_blocks = "attention" in self.config.mixers
+
+    def stream_parts(self, row_part: int) -> tuple[int, ...]:
+        """For each stream of a row the part of the cache that its blocks are in."""
+        streams = self.config.streams
+        first = row_part * self._stream_parts
+        return tuple(first + p * self._stream_parts // streams for p in range(streams))
+
+    def new_pools(self, blocks: int) -> tuple:
+        """A cache of so many blocks, with nothing in them."""
+
+        @jax.jit
+        def make():
+            pools = self.model.init_blocks(blocks, self.slots)
+            axes = ("blocks", None, "kv_heads", None)
+            place = lambda x: rules.constrain(x, *(None,) * (x.ndim - 4), *axes)
+            return jax.tree.map(place, pools)
+
+        return make()
+
+    def begin(self, pools: tuple) -> tuple:
+        """The cache with what every branch begins with: the soft tokens of the streams."""
+        soft = self.model.soft_length
+        if not soft:
+            return pools
+        count = -(-soft // self.slots) if self.has_blocks else 0
+        for part, entries in enumerate(self.soft_entries):
+            for index in range(count):
+                blocks = self.memory.allocate(self.stream_parts(part), promised=False)
+                entries.append(Entry(blocks, min(self.slots, soft - index * self.slots)))
+        shape = (self._row_parts, self.config.streams)
+        place = np.arange(soft)
+        places = np.zeros((*shape, soft), np.int32)
+        if count:
+            blocks = np.array([[e.blocks for e in entries] for entries in self.soft_entries])
+            places = blocks[:, place // self.slots].swapaxes(1, 2) * self.slots
+            places = (places + place % self.slots).astype(np.int32)
+        nothing = np.zeros((*shape, 0), np.int32)
+        view = View(nothing, nothing, places)
+        states = _states(self.model, self._row_parts)
+        compiled = self._steps[False]
+
+        @functools.partial(jax.jit, donate_argnums=1)
+        def write(params, pools, states):
+            model = nnx.merge(compiled.graph, params)
+            return without_states(model.write_soft_tokens(with_states(pools, states), view))
+
+        pools, states = write(compiled.params, pools, states)
+        self.first_states = engine_steps.take_state(states, np.int32(0), self.model.state_axis)
+        return pools
+
+    def seat(self, job: Job) -> None:
+        """Gives a job a row to generate in, if one is free in its part."""
+        size = len(self._rows) // self._row_parts
+        first = job.active.row_part * size
+        for row in range(first, first + size):
+            if self._rows[row] is None:
+                self._rows[row], job.row = job, row
+                if self._has_states:
+                    self._states = engine_steps.put_state(
+                        self._states, np.int32(row), job.branch.states, self.model.state_axis
+                    )
+                return
+
+    def unseat(self, job: Job) -> None:
+        """Takes a job's row back; its branch keeps what the row remembers."""
+        if self._has_states:
+            job.branch.states = engine_steps.take_state(
+                self._states, np.int32(job.row), self.model.state_axis
+            )
+        self._rows[job.row], job.row = None, None
+
+    def write(self, pools: tuple, jobs: Sequence[Job], limit: int) -> tuple:
+        """Writes what one pass takes of jobs of one shape.
+
+        Returns:
+          the cache, and pairs of a job that took part and the token chosen after its last one.
+        """
+        _, length, shared = jobs[0].shape(limit)
+        most = max(1, min(len(self._rows), 4 * limit // length) // self._row_parts)
+        by_part = [[] for _ in range(self._row_parts)]
+        for job in jobs:
+            part = by_part[job.active.row_part]
+            if len(part) < most:
+                part.append(job)
+        size = rounded(max(map(len, by_part)), 1)
+        rows = [job for part in by_part for job in (*part, *[None] * (size - len(part)))]
+        taking = [job for job in rows if job]
+        counts = {job: job.length(limit) for job in taking}
+        texts = {job: self._text(job.branch) for job in taking}
+        places = {job: self._commit(job.branch, counts[job]) for job in taking}
+        if length == 1 or any(job.branch.sees is not None for job in taking):
+            # Others see the tokens of this pass, and a token its own.
+            for job in taking:
+                now = self._text(job.branch)
+                texts[job].entries = now.entries
+        streams = 1 if shared else self.config.streams
+        batch, ids = len(rows), np.zeros((len(rows), length), np.int32)
+        lengths, positions = np.ones(batch, np.int32), np.zeros((batch, length), np.int32)
+        where = np.zeros((batch, streams, length), np.int32)
+        keys, marks = positions.copy(), positions.copy()
+        where[:] = self._nobodys(batch, streams)[..., None] * self.slots
+        for row, job in enumerate(rows):
+            if job is None:
+                continue
+            count, text = counts[job], texts[job]
+            ids[row, :count], lengths[row] = job.left[:count], count
+            positions[row] = text.position + np.arange(length)
+            keys[row] = text.key_position + np.arange(length)
+            marks[row] = job.branch.mark
+            where[row, :, :count] = places[job][:streams]
+            if length > 1:
+                self._unsee_own(texts[job], count)
+        seen = self._seen([texts[job] if job else None for job in rows], rows, streams)
+        tokens = Tokens(
+            ids, lengths, positions,
+            keys if (keys != positions).any() else None,
+            marks if self.config.branches else None,
+            where,
+        )  # fmt: skip
+        choice, method = as_arrays([_sampling(job) for job in rows], batch)
+        if not any(job.write.most and len(job.left) == counts[job] for job in taking):
+            method = "greedy"
+        states = self._gather_states(rows)
+        compiled = self._compiled(shared)
+        new, pools, states = compiled.write(pools, states, tokens, seen, choice, method)
+        new, done = np.asarray(new), []
+        for row, job in enumerate(rows):
+            if job is None:
+                continue
+            job.left = job.left[counts[job] :]
+            job.branch.position += counts[job]
+            if self._has_states:
+                job.branch.states = engine_steps.take_state(
+                    states, np.int32(row), self.model.state_axis
+                )
+            done.append((job, int(new[row])))
+        return pools, done
+
+    def generate(self, pools: tuple, jobs: Sequence[Job], steps: int) -> tuple:
+        """Up to `steps` tokens of jobs that have rows and room for them.
+
+        Returns:
+          the cache, and the new tokens of each job, at least one.
+        """
+        batch = len(self._rows)
+        if self._row_parts == 1:
+            batch = min(batch, rounded(max(job.row for job in jobs) + 1, 1))
+        streams = self.config.streams
+        rows: list[Job | None] = [None] * batch
+        for job in jobs:
+            rows[job.row] = job
+        texts = [job and self._text(job.branch) for job in rows]
+        if steps == 1:
+            for job in jobs:
+                self._commit(job.branch, 1)
+            for job in jobs:
+                texts[job.row].entries = self._text(job.branch).entries
+        token, most = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
+        positions, keys, marks = (np.zeros(batch, np.int32) for _ in range(3))
+        tail, filled = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
+        widest = max(len(job.write.until) for job in jobs)
+        until = np.full((batch, widest and rounded(widest, 1)), NO_TOKEN, np.int32)
+        for job in jobs:
+            row, text = job.row, texts[job.row]
+            token[row], most[row] = job.branch.pending, job.most
+            positions[row], keys[row] = text.position, text.key_position
+            tail[row], filled[row] = text.tail, text.filled
+            marks[row] = job.branch.mark
+            until[row, : len(job.write.until)] = sorted(job.write.until)
+        values = Rows(
+            token, positions,
+            keys if (keys != positions).any() else None,
+            marks if self.config.branches else None,
+            tail, filled, self._nobodys(batch, streams), most, until,
+        )  # fmt: skip
+        seen = self._seen(texts, rows, streams)
+        choice, method = as_arrays([_sampling(job) for job in rows], batch)
+        compiled, axis = self._compiled(False), self.model.state_axis
+        states = self._states
+        if self._has_states and batch < len(self._rows):
+            states = _head(states, batch, axis)
+        new, pools, states = compiled.generate(pools, states, values, seen, choice, steps, method)
+        if self._has_states:
+            whole = batch == len(self._rows)
+            self._states = states if whole else _put_head(self._states, states, axis)
+        new, results = np.asarray(new), []
+        for job in jobs:
+            tokens = [int(token) for token in new[job.row] if token != NO_TOKEN]
+            if steps > 1:
+                self._commit(job.branch, len(tokens))
+            job.branch.position += len(tokens)
+            results.append(tokens)
+        return pools, results
+
+    def _text(self, branch: Branch) -> Text:
+        """Where a branch stands; of its spare blocks all are at the end of what it sees."""
+        offset, entries = 0, []
+        for other in branch.sees or ():
+            entries += [_moved(entry, offset) for entry in other.entries]
+            offset += other.length
+        own = branch.length
+        first = len(entries)
+        entries += [_moved(entry, offset) for entry in branch.entries]
+        full = not branch.grows or entries[-1].count == self.slots
+        tail = first + len(branch.entries) - (not full)
+        filled = 0 if full else entries[-1].count
+        entries += [Entry(blocks, 0, offset) for blocks in branch.spare]
+        if branch.sees is None:
+            return Text(entries, tail, filled, branch.position, branch.position)
+        return Text(entries, tail, filled, offset + own, own)
+
+    def _commit(self, branch: Branch, count: int) -> np.ndarray:
+        """Counts `count` more tokens as written; their places `[P, count]`."""
+        if not self.has_blocks:
+            return np.zeros((self.config.streams, count), np.int32)
+        places, left = [], count
+        while left:
+            if not branch.grows or branch.entries[-1].count == self.slots:
+                branch.entries.append(Entry(branch.spare.pop(0), 0))
+                branch.grows = True
+            entry = branch.entries[-1]
+            taken = min(left, self.slots - entry.count)
+            slot = entry.count + np.arange(taken)
+            places.append(np.array(entry.blocks)[:, None] * self.slots + slot)
+            entry.count += taken
+            left -= taken
+        return np.concatenate(places, 1)
+
+    def _unsee_own(self, text: Text, count: int) -> None:
+        """Leaves tokens of the pass, which see each other by its mask, out of what is seen."""
+        kept = text.entries[: text.tail]
+        if text.filled:
+            kept.append(dataclasses.replace(text.entries[text.tail], count=text.filled))
+        text.entries = kept
+
+    def _seen(self, texts: Sequence[Text | None], rows: Sequence[Job | None], streams: int) -> Seen:
+        batch = len(texts)
+        most = max(len(text.entries) for text in texts if text)
+        most = rounded(most, FEWEST) if most else 0
+        blocks = np.repeat(self._nobodys(batch, streams)[..., None], most, -1)
+        counts, shifts, parts = (np.zeros((batch, most), np.int32) for _ in range(3))
+        for row, text in enumerate(texts):
+            if text is None or not text.entries:
+                continue
+            size = len(text.entries)
+            blocks[row, :, :size] = np.array([e.blocks for e in text.entries]).T[:streams]
+            counts[row, :size] = [entry.count for entry in text.entries]
+            shifts[row, :size] = [entry.shift for entry in text.entries]
+            parts[row, :size] = [entry.part for entry in text.entries]
+        shifts = shifts if shifts.any() else None
+        if not parts.any():
+            return Seen(blocks, counts, shifts)
+        width = rounded(1 + parts.max(), 2)
+        values = []
+        for name in ("temperatures", "factors"):
+            value = np.ones((batch, width), np.float32)
+            for row, job in enumerate(rows):
+                given = getattr(job.branch, name) if job else ()
+                value[row, : len(given)] = given
+            values.append(value)
+        return Seen(blocks, counts, shifts, parts, *values)
+
+    def _nobodys(self, batch: int, streams: int) -> np.ndarray:
+        """For each stream of each row the block that belongs to nobody, int32 `[B, P]`."""
+        size = batch // self._row_parts
+        parts = [self.stream_parts(row // size)[:streams] for row in range(batch)]
+        return np.vectorize(self.memory.nobodys, otypes=[np.int32])(np.array(parts))
+
+    def _compiled(self, shared: bool) -> "_Compiled":
+        if shared not in self._steps:
+            graph, params = nnx.split(first_stream(self.model))
+            self._steps[shared] = _Compiled(graph, nnx.to_pure_dict(params))
+        return self._steps[shared]
+
+    def _gather_states(self, rows: Sequence[Job | None]) -> tuple:
+        """The states of the branches of rows."""
+        if not self._has_states:
+            return self._states
+        every = [self.first_states if job is None else job.branch.states for job in rows]
+        axis = self.model.state_axis
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis), *every)
+
+
+class _Compiled:
+    """The steps of one model with its weights."""
+
+    def __init__(self, graph: nnx.GraphDef, params: Any):
+        self.graph, self.params = graph, params
+
+    def write(self, *arguments):
+        return engine_steps.write(self.graph, self.params, *arguments)
+
+    def generate(self, *arguments):
+        return engine_steps.generate(self.graph, self.params, *arguments)
+
+
+def rounded(count: int, least: int) -> int:
+    """`count` up to `least` times a power of 2, or one and a half of one."""
+    size = least
+    while size < count:
+        if size % 2 == 0 and size * 3 // 2 >= count:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+def _states(model: LanguageModel, rows: int) -> tuple:
+    return jax.jit(lambda: model.init_states(rows))()
+
+
+def _head(states: tuple, rows: int, axis: int) -> tuple:
+    return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, rows, axis=axis), states)
+
+
+@functools.partial(jax.jit, static_argnames="axis", donate_argnames="states")
+def _put_head(states: tuple, head: tuple, axis: int) -> tuple:
+    put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, 0, axis)
+    return jax.tree.map(put, states, head)
+
+
+def _moved(entry: Entry, by: int) -> Entry:
+    return dataclasses.replace(entry, shift=entry.shift + by)
+
+
+def _sampling(job: Job | None) -> tuple:
+    return (GREEDY, 0) if job is None else (job.active.request.sampling, job.branch.number)
