@@ -45,14 +45,14 @@ class Write:
       branch: where.
       tokens: what is written first.
       most: how many are generated at most.
-      until: a token that ends the generation; it is the last one generated.
+      until: runs of tokens, each of which ends the generation and is the last that is generated.
       shared: of several streams only the first computes; the others read its keys and values.
     """
 
     branch: "Branch"
     tokens: tuple[int, ...]
     most: int = 0
-    until: frozenset[int] = frozenset()
+    until: frozenset[tuple[int, ...]] = frozenset()
     shared: bool = False
 
 
@@ -99,12 +99,20 @@ class Branch:
         self,
         tokens: Iterable[int] = (),
         most: int = 0,
-        until: Iterable[int] = (),
+        until: Iterable[int | Sequence[int]] = (),
         *,
         shared: bool = False,
     ) -> Write:
-        """What is to be written and generated at the end of this branch; to be yielded."""
-        return Write(self, tuple(map(int, tokens)), most, frozenset(until), shared)
+        """What is to be written and generated at the end of this branch; to be yielded.
+
+        Args:
+          tokens: what is written first.
+          most: how many are generated at most.
+          until: tokens, or runs of them, each of which ends the generation.
+          shared: as in `Write`.
+        """
+        ends = (tuple(end) if isinstance(end, Sequence) else (int(end),) for end in until)
+        return Write(self, tuple(map(int, tokens)), most, frozenset(filter(None, ends)), shared)
 
     def fork(self, count: int = 1) -> "list[Branch]":
         """Branches that go on from here, and see nothing of each other; nothing is copied.

@@ -33,7 +33,7 @@ class Request:
       prompt: token ids.
       tokens: how many new ones at most; of one branch, where a layout has several.
       sampling: how they are chosen.
-      until: tokens of which the first to be generated ends the request.
+      until: runs of tokens, the first of which to be generated ends the request.
       streams: P, where the engine has models of several; 0: of the only one.
       layout: the script that writes it.
     """
@@ -41,7 +41,7 @@ class Request:
     prompt: Sequence[int]
     tokens: int
     sampling: Sampling = GREEDY
-    until: frozenset[int] = frozenset()
+    until: frozenset[tuple[int, ...]] = frozenset()
     streams: int = 0
     layout: Callable[[Branch, "Request"], Iterator] = layouts.plain
 
@@ -403,7 +403,7 @@ class Engine:
         branch.chain += len(tokens)
         active.generated += len(tokens)
         job.most -= len(tokens)
-        if job.most == 0 or tokens[-1] in job.write.until:
+        if job.most == 0 or job.has_met_end:
             self._leave(job)
         # What a request that began again had told before is not told twice.
         count = active.count[branch.number] = active.count.get(branch.number, 0) + len(tokens)
@@ -476,8 +476,8 @@ def _check_writes(active: _Active, writes: Any) -> None:
         if branch.owner is not active:
             raise InputError(f"{what} is to a branch of another request")
         branch.check_alive("write")
-        if write.most < 0 or not (write.tokens or write.most):
-            raise InputError(f"{what} has no token and generates {write.most}: nothing to do")
+        if write.most < 0:
+            raise InputError(f"{what} generates {write.most} tokens: expected 0 or more")
         if not write.tokens and branch.pending is None:
             raise InputError(f"{what} has no token to go on from: give it some")
         check_ids(config, what, write.tokens)

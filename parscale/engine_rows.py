@@ -59,6 +59,12 @@ class Job:
         return True
 
     @property
+    def has_met_end(self) -> bool:
+        """Whether what was generated last is one of the runs that end it."""
+        new = self.branch.new
+        return any(tuple(new[-len(end) :]) == end for end in self.write.until)
+
+    @property
     def is_generating(self) -> bool:
         """Whether nothing but generating is left."""
         return self.begun and not self.left and not self.ended
@@ -288,7 +294,9 @@ class Group:
         token, most = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
         positions, keys, marks = (np.zeros(batch, np.int32) for _ in range(3))
         tail, filled = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
-        widest = max(len(job.write.until) for job in jobs)
+        # A row may stop at a token that could end a run, and go on if it does not.
+        ends = {job: sorted({end[-1] for end in job.write.until}) for job in jobs}
+        widest = max(map(len, ends.values()))
         until = np.full((batch, widest and rounded(widest, 1)), NO_TOKEN, np.int32)
         for job in jobs:
             row, text = job.row, texts[job.row]
@@ -296,7 +304,7 @@ class Group:
             positions[row], keys[row] = text.position, text.key_position
             tail[row], filled[row] = text.tail, text.filled
             marks[row] = job.branch.mark
-            until[row, : len(job.write.until)] = sorted(job.write.until)
+            until[row, : len(ends[job])] = ends[job]
         values = Rows(
             token, positions,
             keys if (keys != positions).any() else None,
