@@ -97,13 +97,13 @@ class Attention(nnx.Module):
             v = self.streams.project("v", x, v)
             if context.branches is not None and hasattr(self, "branches"):
                 k, v = self.mark_branches(k, v, context.branches)
+            kept = None if context.key_rope is None else apply_rope(k, context.key_rope)
             rope = context.rope[q.shape[-1]]
-            q, k = apply_rope(q, rope), apply_rope(k, context.key_rope or rope)
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
         with jax.named_scope("attention"):
             if isinstance(cache, BlockPool):
-                y, cache = attend_view(
-                    q, k, v, cache, context.view, context.mask, self.streams.prefix(), self.theta
-                )
+                view, mask, prefix = context.view, context.mask, self.streams.prefix()
+                y, cache = attend_view(q, k, v, cache, view, mask, prefix, self.theta, kept)
             else:
                 k, v, mask, cache = self.remember(k, v, context, cache)
                 y = attend(q, k, v, mask, self.streams.prefix(), cached=cache is not None)

@@ -69,7 +69,8 @@ class View:
         need not be among them.
       places: int32 `[B, P, T]`, where each token of this pass is written: its block times slots,
         plus its slot. Tokens of other rows that are written in this pass can be seen by it.
-      key_positions: int32 `[B, T]`, what the pass's keys are rotated by; None: as the queries.
+      key_positions: int32 `[B, T]`, what the pass's keys are rotated by as they are written, where
+        a later view moves their blocks; None: as the queries.
       shifts: int32 `[B, P, n]`, the positions that each block is moved by; None: all stay.
       parts: None: one part.
     """
@@ -103,6 +104,7 @@ def attend_view(
     mask: Mask,
     prefix: tuple[Array, Array] | None,
     rope_theta: float,
+    kept: Float[Array, "B P T K h"] | None = None,
 ) -> tuple[Float[Array, "B P T H h"], BlockPool]:
     """Attention to a view and among the tokens of a pass, and the pool with their keys and values.
 
@@ -110,19 +112,20 @@ def attend_view(
     rows and streams see.
 
     Args:
-      q: queries, rotated.
-      k, v: keys and values of the same tokens, rotated as they are to be kept.
+      q, k: queries and keys, rotated by the positions of their tokens.
+      v: values of the same tokens.
       pool: the layer's blocks.
       view: what is seen.
       mask: who sees whom among the tokens of this pass.
       prefix: keys and values `[P, K, M, h]` that every query sees.
       rope_theta: of the rotation by which blocks are moved.
+      kept: the keys as they are written, if not as `k`.
     """
-    run = functools.partial(_attend, mask, rope_theta)
+    run = functools.partial(_attend, rope_theta)
     if prefix is not None:
         prefix = tuple(part.astype(q.dtype) for part in prefix)
     if not rules.is_sharded():
-        return run(q, k, v, pool, view, prefix)
+        return run(q, k, v, kept, pool, view, mask, prefix)
     queries = rules.partition_spec(("batch", "streams", None, "heads", None))
     keys = rules.partition_spec(("batch", "streams", None, "kv_heads", None))
     stack = () if pool.layer is None else (None,)
@@ -137,13 +140,21 @@ def attend_view(
     views = View(lists, lists, lists, None, shifts, parts)
     slots = rules.partition_spec(("streams", "kv_heads", None, None))
     prefixes = None if prefix is None else (slots, slots)
+    masks = jax.tree.map(_of_runs, mask)
+    in_keys = (keys, keys, None if kept is None else keys)
     local = jax.shard_map(
-        lambda q, k, v, pool, view, prefix: run(q, k, v, pool, _local(view, pool), prefix),
-        in_specs=(queries, keys, keys, pools, views, prefixes),
+        lambda *x: run(*x[:5], _local(view=x[5], pool=x[4]), *x[6:]),
+        in_specs=(queries, *in_keys, pools, views, masks, prefixes),
         out_specs=(queries, pools),
         check_vma=False,
     )
-    return local(q, k, v, pool, view, prefix)
+    return local(q, k, v, kept, pool, view, mask, prefix)
+
+
+def _of_runs(intervals: Array) -> jax.sharding.PartitionSpec:
+    """The partition of a mask's intervals, whose leading axes may be missing or 1."""
+    lead = zip(intervals.shape[:-3], ("batch", "streams"), strict=False)
+    return rules.partition_spec(tuple(None if n == 1 else axis for n, axis in lead))
 
 
 def _local(view: View, pool: BlockPool) -> View:
@@ -156,9 +167,9 @@ def _local(view: View, pool: BlockPool) -> View:
     return dataclasses.replace(view, blocks=view.blocks - first, places=view.places - first * slots)
 
 
-def _attend(mask, rope_theta, q, k, v, pool, view, prefix):
+def _attend(rope_theta, q, k, v, kept, pool, view, mask, prefix):
     """`attend_view` of one device."""
-    pool = _write(pool, k, v, view.places)
+    pool = _write(pool, k if kept is None else kept, v, view.places)
     batch, streams, length = q.shape[:3]
     seen = view.blocks.shape[-1]
     if length > 1 and not seen:
@@ -174,6 +185,8 @@ def _attend(mask, rope_theta, q, k, v, pool, view, prefix):
     if length == 1:
         visible |= view.blocks[..., None] * slots + slot == view.places[..., None]
     visible = visible.reshape(batch, streams, seen * slots)
+    # What nobody sees may be of another text, or of none: a weight of 0 does not undo a NaN.
+    values = jnp.where(visible[..., None, None], values, 0)
     if length == 1 and view.parts is None:
         return _attend_one(q, keys, values, visible, prefix), pool
     runs = one_run(jnp.zeros_like(visible, jnp.int32), jnp.where(visible, length, 0))
@@ -230,14 +243,17 @@ def _attend_one(q, keys, values, visible, prefix):
     batch, streams, _, heads, head_dim = q.shape
     kv_heads = keys.shape[-2]
     q = q.reshape(batch, streams, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    wide = {"preferred_element_type": jnp.float32}
+    wide = {"preferred_element_type": jnp.promote_types(q.dtype, jnp.float32)}
     scores = jnp.einsum("bpkgh,bpskh->bpkgs", q, keys, **wide)
     scores = jnp.where(visible[:, :, None, None], scores, -jnp.inf)
     if prefix is not None:
         of_prefix = jnp.einsum("bpkgh,pkmh->bpkgm", q, prefix[0], **wide)
         scores = jnp.concatenate([scores, of_prefix], -1)
-    weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
-    weights = (weights / jnp.sum(weights, -1, keepdims=True)).astype(values.dtype)
+    # Finite, so that a row which sees nothing gets zero.
+    least = jnp.finfo(scores.dtype)
+    weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True, initial=least.min))
+    total = jnp.maximum(jnp.sum(weights, -1, keepdims=True), least.tiny)
+    weights = (weights / total).astype(values.dtype)
     seen = keys.shape[2]
     out = jnp.einsum("bpkgs,bpskh->bpkgh", weights[..., :seen], values)
     if prefix is not None:

@@ -33,15 +33,15 @@ def project(x: Float[Array, "... D"], *weights: Array) -> list[Array]:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) times a learned scale, computed in float32 (arXiv 1910.07467)."""
+    """x / rms(x) times a learned scale, computed in float32 or wider (arXiv 1910.07467)."""
 
     def __init__(self, config: ModelConfig, weight: WeightMaker):
         self.eps = config.norm_eps
         self.scale = weight((config.width,), ("embed",), ones)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        x32 = x.astype(jnp.float32)
-        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.eps)
         return (y * self.scale[...]).astype(x.dtype)
 
 
@@ -62,9 +62,12 @@ class SwiGLU(nnx.Module):
 def rope_tables(
     positions: Int[Array, "B T"], head_dim: int, theta: float
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosines and sines of the rotary position embedding, float32 (arXiv 2104.09864)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    """Cosines and sines of the rotary position embedding (arXiv 2104.09864).
+
+    They are float32, or float64 where jax has it (`jax_enable_x64`).
+    """
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=float) / head_dim)
+    angles = positions[..., None].astype(frequencies.dtype) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -74,6 +77,6 @@ def apply_rope(
 ) -> Float[Array, "B P T H h"]:
     """`x` rotated by its positions; the first half of a head pairs with the second, as in Qwen2."""
     cos, sin = (table[:, None, :, None, :] for table in tables)
-    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, -1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
     return rotated.astype(x.dtype)
