@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import sys
+import typing
 
 from absl import flags
 
@@ -46,8 +47,10 @@ flags.DEFINE_float(
     "quiet", 0.1, "share of the processor time above which a turn is repeated if it went to others",
     flag_values=FLAGS,
 )  # fmt: skip
-for field in dataclasses.fields(Shape):
-    flags.DEFINE_integer(field.name, field.default, field.metadata["doc"], flag_values=FLAGS)
+for name, kind in typing.get_type_hints(Shape).items():
+    field = Shape.__dataclass_fields__[name]
+    parser = program.FieldParser(kind)
+    flags.DEFINE(parser, name, field.default, field.metadata["doc"], flag_values=FLAGS)
 flags.DEFINE_string("json", "", "also write the figures to this file", flag_values=FLAGS)
 
 

@@ -103,25 +103,24 @@ def _train_table(shape: Shape, peers: bool) -> Table:
 
 
 def _decode_table(shape: Shape, peers: bool) -> Table:
-    rows, count = [], shape.decode_rows
-    for streams in dict.fromkeys((1, shape.streams)):
-        through = count * streams
-        peer = f"PyTorch, batch {through}"
-        rows.append(
-            Row(
-                f"ours, batch {count}, P {streams}",
-                "experiments.workloads:decode",
-                {"streams": streams},
-                "generate",
-                peer,
-                count * shape.tokens,
-            )
+    pairs = [(c, p) for p in dict.fromkeys((1, shape.streams)) for c in shape.decode_rows]
+    rows = [
+        Row(
+            f"ours, batch {count}, P {streams}",
+            "experiments.workloads:decode",
+            {"streams": streams, "rows": count},
+            "generate",
+            f"PyTorch, batch {count * streams}",
+            count * shape.tokens,
         )
-        if peers:
-            rows.append(
-                Row(peer, "experiments.peers:decode", {"rows": through}, "generate", "",
-                    through * shape.tokens)
-            )  # fmt: skip
+        for count, streams in pairs
+    ]
+    if peers:
+        rows += [
+            Row(f"PyTorch, batch {through}", "experiments.peers:decode", {"rows": through},
+                "generate", "", through * shape.tokens)
+            for through in dict.fromkeys(count * streams for count, streams in pairs)
+        ]  # fmt: skip
     note = (
         f"prompt of {shape.prompt}, {shape.tokens} new tokens a row, prefill included; PyTorch is "
         f"the plain model by transformers' generate. P {shape.streams} is compared with the batch "

@@ -29,13 +29,16 @@ class Shape:
     streams: int = option(4, "streams of ours [P]")
     rows: int = option(32, "rows in a step's layers: batch times streams")
     length: int = option(256, "tokens in a row [T]")
-    decode_rows: int = option(4, "prompts decoded at once")
+    decode_rows: tuple[int, ...] = option((1, 4, 16), "numbers of prompts decoded at once")
     prompt: int = option(32, "tokens of a prompt")
     tokens: int = option(128, "new tokens of each prompt")
     mask_length: int = option(8192, "queries and keys of the comparison of masks")
 
     def __post_init__(self):
-        check_at_least(self, 1, *(field.name for field in dataclasses.fields(self)))
+        names = (field.name for field in dataclasses.fields(self))
+        check_at_least(self, 1, *(name for name in names if name != "decode_rows"))
+        if not self.decode_rows or min(self.decode_rows) < 1:
+            raise InputError(f"decode_rows={self.decode_rows}: expected numbers of at least 1")
 
     def model(self, streams: int) -> ModelConfig:
         """Our model of this shape.
@@ -107,17 +110,25 @@ def _training(shape: Shape, streams: int):
     return step, (training, held, batch)
 
 
-def decode(shape: dict, streams: int) -> Runs:
-    """Greedy decoding, prefill included, by `parscale.generate`."""
+def decode(shape: dict, streams: int, rows: int) -> Runs:
+    """Greedy decoding of `rows` prompts, prefill included, by the generation engine."""
     from flax import nnx
 
     from models.transformer import LanguageModel
-    from parscale.generate import generate
+    from parscale.generate import engine_for, submit_all
 
     shape = Shape(**shape)
     model = LanguageModel(shape.model(streams), rngs=nnx.Rngs(0))
-    prompts = shape.ids(shape.decode_rows, shape.prompt).tolist()
-    return {"generate": lambda: generate(model, prompts, shape.tokens)}
+    prompts = shape.ids(rows, shape.prompt).tolist()
+    engine = engine_for(model, prompts, shape.tokens)
+
+    def generate():
+        numbers = submit_all(engine, prompts, shape.tokens)
+        results = engine.run()
+        if any(len(results[number].tokens) != shape.tokens for number in numbers):
+            raise RuntimeError("a row has too few tokens")
+
+    return {"generate": generate}
 
 
 def attention(shape: dict) -> Runs:

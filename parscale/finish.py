@@ -17,6 +17,7 @@ from parscale.loss import perplexity
 from parscale.progress import format_seconds
 from parscale.provenance import provenance
 from parscale.restart import Record
+from parscale.sampling import Sampling
 from parscale.training import Training, TrainState
 from sharding import agreement, hosts
 
@@ -160,7 +161,7 @@ def show_samples(model: LanguageModel, training: Training, text: data.Data) -> N
         text.tokenizer,
         SAMPLE_PROMPTS,
         training.config.train.sample_tokens,
-        generate.Sampling(temperature=0.8, seed=0),
+        Sampling(temperature=0.8, seed=0),
     )
     for prompt, new in zip(SAMPLE_PROMPTS, texts, strict=True):
         print(f"--- sample\n{prompt}{new}")

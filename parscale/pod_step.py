@@ -16,14 +16,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import KVCache, WindowCache
+from models.attention import WindowCache
+from models.block_cache import BlockPool
 from models.config import ATTENTION, ModelConfig
 from models.transformer import LanguageModel
 from models.weights import abstract_weights
 from pallas_kernels import dispatch
-from parscale import flops, generate
+from parscale import engine_steps, flops
 from parscale.chips import Chip, find_chip
 from parscale.config import Config
+from parscale.engine import SLOTS
+from parscale.engine_steps import Rows, Seen
+from parscale.sampling import Choice
 from parscale.training import Training
 from sharding import rules
 from sharding.pods.compilation import Needs, compile_lowered, pod_mesh
@@ -175,33 +179,49 @@ def _train(config: Config, mesh):
 
 
 def _decode(config: ModelConfig, mesh, decode: Decode):
-    """`generate.decode` of one token, with the weights as training holds them, in float32."""
+    """`engine_steps.generate` of one token, with the weights as training holds them, in float32."""
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     graph, weights = nnx.split(model)
     rules.check_divisible("rows", (decode.rows,), ("batch",), mesh)
     rules.check_divisible("model.streams", (config.streams,), ("streams",), mesh)
-
     params = abstract_weights(weights, mesh)
-    is_cache = lambda node: isinstance(node, KVCache | WindowCache)
+    seen = -(-decode.length // SLOTS)
+    parts = math.prod(mesh.shape[axis] for axis in rules.RULES["blocks"])
+    blocks = parts + decode.rows * config.streams * seen
+    of_blocks = ("blocks", None, "kv_heads", None)
+    of_rows = {WindowCache: ("batch", "streams", None, "kv_heads", None)}
 
-    def place_cache(node):
-        heads = (None, "kv_heads", None) if is_cache(node) else ()
+    def place(node):
+        axes = of_blocks if isinstance(node, BlockPool) else of_rows.get(type(node))
 
         def on_mesh(leaf):
-            axes = (None, "batch", "streams", *heads)
-            return _abstract(leaf, mesh, *axes, *(None for _ in leaf.shape[len(axes) :]))
+            names = axes or ("batch", "streams", *(None,) * (leaf.ndim - 3))
+            return _abstract(leaf, mesh, *(None,) * (leaf.ndim - len(names)), *names)
 
         return jax.tree.map(on_mesh, node)
 
-    caches = jax.eval_shape(
-        lambda params: nnx.merge(graph, params).init_cache(decode.rows, decode.length), params
-    )
-    cache = jax.tree.map(place_cache, caches, is_leaf=is_cache)
-    row = _abstract(jax.ShapeDtypeStruct((decode.rows,), jnp.int32), mesh, "batch")
-    keys = _abstract(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), decode.rows)), mesh)
+    def caches(params):
+        model = nnx.merge(graph, params)
+        return model.init_blocks(blocks, SLOTS), model.init_states(decode.rows)
+
+    is_node = lambda node: isinstance(node, BlockPool | WindowCache)
+    cache = jax.tree.map(place, jax.eval_shape(caches, params), is_leaf=is_node)
+
+    def integers(*shape, dtype=jnp.int32):
+        axes = ("batch", "streams", None)[: len(shape)]
+        return _abstract(jax.ShapeDtypeStruct((decode.rows, *shape[1:]), dtype), mesh, *axes)
+
+    row = integers(0)
+    floats = integers(0, dtype=jnp.float32)
+    seeds = _abstract(jax.ShapeDtypeStruct((decode.rows, 3), jnp.uint32), mesh, "batch", None)
+    until = _abstract(jax.ShapeDtypeStruct((decode.rows, 0), jnp.int32), mesh, "batch", None)
+    counts = _abstract(jax.ShapeDtypeStruct((decode.rows, seen), jnp.int32), mesh, "batch", None)
+    rows = Rows(row, row, None, None, row, row, integers(0, config.streams), row, until)
+    views = Seen(integers(0, config.streams, seen), counts)
+    choice = Choice(floats, row, floats, seeds)
     with jax.set_mesh(mesh):
-        lowered = generate.decode.lower(
-            graph, params, row, row, cache, keys, steps=1, sampling=generate.GREEDY
+        lowered = engine_steps.generate.lower(
+            graph, params, *cache, rows, views, choice, steps=1, method="greedy"
         )
     return lowered, {
         "parameters": bytes_on_device(params),

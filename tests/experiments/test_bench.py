@@ -16,10 +16,11 @@ from experiments import (
 
 TINY = workloads.Shape(
     width=16, layers=1, heads=2, kv_heads=1, mlp_width=16, vocab_size=32, streams=2, rows=2,
-    length=8, decode_rows=2, prompt=3, tokens=4,
+    length=8, decode_rows=(2,), prompt=3, tokens=4,
 )  # fmt: skip
 SIZES = {field: getattr(TINY, field) for field in TINY.__dataclass_fields__}
-FLAGS = [f"--{field}={size}" for field, size in SIZES.items()]
+FLAGS = [f"--{field}={size}" for field, size in SIZES.items() if field != "decode_rows"]
+FLAGS.append("--decode_rows=2")
 
 
 def run(*arguments):
@@ -85,7 +86,7 @@ def test_a_run_is_repeated_for_as_long_as_asked():
 @pytest.mark.slow
 def test_our_side_runs():
     # Among the parts is the whole training step.
-    runs = [workloads.parts(SIZES, TINY.streams), workloads.decode(SIZES, streams=1)]
+    runs = [workloads.parts(SIZES, TINY.streams), workloads.decode(SIZES, streams=1, rows=2)]
     runs += [workloads.attention(SIZES), workloads.jax_attention(SIZES)]
     runs += [workloads.masked_attention(SIZES | {"mask_length": 24}, ["full", "packed"])]
     for work in (work for named in runs for work in named.values()):

@@ -55,7 +55,7 @@ def test_greedy_text_is_that_of_uncached_forward_passes(two, capfd):
 
 
 def test_a_mesh_writes_the_same_text(two, capfd):
-    words = ("--prompt=def f", "--prompt=x", "--prompt=return", "--prompt=  ", "--temperature=0")
+    words = ("--prompt=def f", "--prompt=x", "--prompt=return", "--temperature=0")
     mesh = ("--config.mesh.data=4", "--config.mesh.stream=2")
     assert sampled(capfd, two, *words, *mesh) == sampled(capfd, two, *words)
 
@@ -92,6 +92,23 @@ def test_stop(two, capfd):
     stop = new[4:6]
     out = sampled(capfd, two, "--prompt=def f", "--temperature=0", f"--stop={stop}", "--stop=none")
     assert out == "def f" + new[: new.index(stop)] + "\n"
+
+
+def test_layouts_write_several_branches(two, capfd):
+    words = ("--prompt=def f", "--temperature=0")
+    plain = sampled(capfd, two, *words)
+    assert sampled(capfd, two, *words, "--layout=shared_prompt") != ""
+    # One worker alone reads what a plain text has.
+    alone = '--layout={"name": "hogwild", "workers": [" "]}'
+    runs.call(sample, f"--workdir={two}", f"--tokens={TOKENS}", *words, alone)
+    out, error = capfd.readouterr()
+    new = argmax_text(two, "def f ", TOKENS).removeprefix("def f ")
+    assert out == f"--- 0\ndef f{new}\n"
+    assert error == "17 tokens generated, 17 of them one after the other\n"
+    both = '--layout={"name": "parathinker", "thoughts": ["a", "b"], "most": 5}'
+    runs.call(sample, f"--workdir={two}", f"--tokens={TOKENS}", *words, both)
+    assert "27 tokens generated, 22 of them" in capfd.readouterr().err
+    assert plain == argmax_text(two, "def f", TOKENS) + "\n"
 
 
 def test_streams_are_chosen_by_number(family, capfd):
@@ -138,7 +155,10 @@ def test_a_reader_may_leave(two, monkeypatch, capfd):
         (["--prompt=x", "--top_p=0"], "top_p=0.0: expected more than 0"),
         (["--prompt=x", "--seed=-1"], "--seed=-1"),
         (["--prompt=x", "--streams=4"], "--streams=4: {two} has no run with 4 streams, only"),
-        (["--prompt=x", "--config.mesh.stream=2"], "the prompts: axis 'batch' of size 1 does not"),
+        (["--prompt=x", "--layout=hogwld"], "layout 'hogwld': expected one of plain, shared_promp"),
+        (["--prompt=x", "--layout={{"], "the layout '{{' is no JSON"),
+        (['--prompt=x', '--layout={{"name": "ape", "contexts": []}}'], "contexts=(): expected some"),
+        (["--prompt=x", "--cache_tokens=9"], "request 0 needs"),
         (["--prompt=x", "--config.mesh.stream=3"], "stream=3: the fixed axes take 3 devices"),
         (["--prompt=x", "--config.mesh.sequence=2"], "config.mesh.sequence=2: text is written"),
         (["--prompt=x", "--workdir="], "--workdir is missing"),

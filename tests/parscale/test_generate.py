@@ -1,5 +1,6 @@
 """Generation: which tokens are candidates, how often they are drawn, and what a row depends on."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -12,7 +13,8 @@ from flax import nnx
 from models.config import ModelConfig
 from models.transformer import LanguageModel
 from parscale import generate
-from parscale.generate import GREEDY, Sampling, TextRow
+from parscale.generate import TextRow
+from parscale.sampling import GREEDY, Sampling, as_arrays, choose, keep_candidates
 from parscale.tokenizers import ByteTokenizer
 from sharding.settings import InputError
 
@@ -76,13 +78,6 @@ def test_a_row_depends_on_itself_alone():
     np.testing.assert_array_equal(same[0], warm_tokens()[0])
 
 
-@pytest.mark.parametrize("chunk", [3, 11])
-def test_the_size_of_chunks_is_of_no_account(chunk):
-    pieces = list(generate.stream(make_model(), PROMPTS, TOKENS, WARM, chunk=chunk))
-    assert max(piece.shape[1] for piece in pieces) <= chunk
-    np.testing.assert_array_equal(np.concatenate(pieces, 1), warm_tokens())
-
-
 def test_the_seed_counts():
     again = generate.generate(make_model(), PROMPTS, TOKENS, WARM)
     np.testing.assert_array_equal(again, warm_tokens())
@@ -116,10 +111,12 @@ def numpy_probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 def test_tokens_are_drawn_as_often_as_their_probabilities_say(sampling):
     logits = np.array([0.3, 2.0, -1.0, 1.7, 0.0, 1.1, -4.0, 0.9, 1.5, -0.2], np.float32)
     draws = 10000
-    keys = jax.random.split(jax.random.key(sampling.seed), draws)
+    rows = [(dataclasses.replace(sampling, index=index), 0) for index in range(draws)]
+    choice, method = as_arrays(rows, draws)
     positions = np.arange(draws, dtype=np.int32) % 50
-    choose = jax.jit(functools.partial(generate.choose, sampling=sampling))
-    tokens = choose(np.broadcast_to(logits, (draws, 10)), keys, positions)
+    tokens = jax.jit(choose, static_argnums=3)(
+        np.broadcast_to(logits, (draws, 10)), choice, positions, method
+    )
     expected = numpy_probabilities(logits, sampling)
     found = np.bincount(tokens, minlength=10) / draws
     assert (found[expected == 0] == 0).all()
@@ -130,7 +127,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(sampling):
 def test_candidates_of_many_rows_against_numpy():
     logits = (3 * np.random.default_rng(0).normal(size=(64, 30))).astype(np.float32)
     for top_k, top_p in itertools.product((0, 1, 5, 29, 31), (1e-6, 0.5, 0.95, 1.0)):
-        kept = np.isfinite(generate.keep_candidates(jnp.asarray(logits), top_k, top_p))
+        kept = np.isfinite(keep_candidates(logits, np.full(64, top_k), np.full(64, top_p)))
         sampling = Sampling(top_k=top_k, top_p=top_p)
         expected = np.stack([numpy_probabilities(row, sampling) > 0 for row in logits])
         np.testing.assert_array_equal(kept, expected)
@@ -140,11 +137,17 @@ def text_of(ids) -> str:
     return ByteTokenizer().decode([i for i in ids if i < 256])
 
 
+def streamed_pieces(prompts, tokens, **options) -> list[list[str]]:
+    engine = generate.engine_for(make_model(), prompts, tokens)
+    numbers = generate.submit_all(engine, prompts, tokens, WARM)
+    return list(generate.stream_text(engine, ByteTokenizer(), numbers, **options))
+
+
 def test_streamed_text_is_the_completed_text():
     prompts = ["abc", "x", "some"]
     encoded = [ByteTokenizer().encode(prompt) for prompt in prompts]
     model = make_model()
-    pieces = list(generate.stream_text(model, ByteTokenizer(), encoded, TOKENS, WARM))
+    pieces = streamed_pieces(encoded, TOKENS)
     assert len(pieces) > 2
     streamed = ["".join(parts) for parts in zip(*pieces, strict=True)]
     assert generate.complete(model, ByteTokenizer(), prompts, TOKENS, WARM) == streamed
@@ -160,10 +163,7 @@ def test_streamed_text_is_the_completed_text():
 def test_generation_ends_when_every_row_has_stopped():
     encoded = [ByteTokenizer().encode("abc")]
     stop = generate.complete(make_model(), ByteTokenizer(), ["abc"], 28, WARM)[0][3:5]
-    pieces = list(
-        generate.stream_text(make_model(), ByteTokenizer(), encoded, 28, WARM, stops=[stop])
-    )
-    assert len(pieces) <= 3
+    assert len(streamed_pieces(encoded, 28, stops=[stop])) <= 3
 
 
 def cut(text: str, stops: list[str]) -> str:
@@ -230,7 +230,7 @@ def test_text_is_given_out_as_soon_as_it_is_certain():
 )
 def test_prompts_that_cannot_be_continued_are_refused(prompts, tokens, words):
     with pytest.raises(InputError) as error:
-        list(generate.stream(make_model(), prompts, tokens))
+        generate.generate(make_model(), prompts, tokens)
     for word in words:
         assert word in str(error.value)
 
