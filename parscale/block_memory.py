@@ -24,16 +24,41 @@ class BlockMemory:
             list(range((part + 1) * blocks - 1, part * blocks, -1)) for part in range(parts)
         ]
         self._promised = [0] * parts
+        self._most = [blocks - 1] * parts
         self._holders: dict[int, int] = {}
 
     @property
     def held(self) -> int:
-        """Blocks that somebody holds."""
+        """Blocks that somebody holds and may release."""
         return len(self._holders)
+
+    @property
+    def promised(self) -> int:
+        """Blocks that are kept back for somebody."""
+        return sum(self._promised)
+
+    def most(self, parts: Sequence[int]) -> int:
+        """How many blocks of each of `parts`, named as often as it is meant, could ever be held."""
+        return min(self._most[part] // parts.count(part) for part in set(parts))
 
     def nobodys(self, part: int) -> int:
         """The block of a range that padding is written to."""
         return part * self.blocks
+
+    def set_aside(self, parts: Sequence[int]) -> tuple[int, ...]:
+        """A block of each of `parts`, for good.
+
+        Raises:
+          InputError: there is none.
+        """
+        if not self.can_promise(parts, 1):
+            raise InputError(
+                f"the cache has {self.blocks - 1} blocks for each part of the devices, less than "
+                "what stands before every text: give it more tokens"
+            )
+        for part in parts:
+            self._most[part] -= 1
+        return tuple(self._free[part].pop() for part in parts)
 
     def can_promise(self, parts: Sequence[int], count: int) -> bool:
         """Whether `count` blocks are left for each of `parts`, named as often as it is meant."""
@@ -79,12 +104,3 @@ class BlockMemory:
             if not self._holders[block]:
                 del self._holders[block]
                 self._free[block // self.blocks].append(block)
-
-    def check_fits(self, parts: Sequence[int], count: int, what: str) -> None:
-        """Raises InputError if a promise of `count` blocks could never be made."""
-        most = max(parts.count(part) for part in set(parts))
-        if count * most > self.blocks - 1:
-            raise InputError(
-                f"{what} needs {count * most} blocks of the cache, which has {self.blocks - 1}: "
-                "give it more tokens, or ask for less"
-            )

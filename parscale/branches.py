@@ -13,6 +13,7 @@ by side, and goes on when all of them have ended; what it returns are the tokens
 """
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ class Write:
       most: how many are generated at most.
       until: runs of tokens, each of which ends the generation and is the last that is generated.
       shared: of several streams only the first computes; the others read its keys and values.
+        Such a write generates nothing.
     """
 
     branch: "Branch"
@@ -58,7 +60,11 @@ class Write:
 
 @dataclasses.dataclass(frozen=True)
 class Race:
-    """Writes of which the first to end stops the others where they are."""
+    """Writes of which the first to end stops the others where they are.
+
+    First all tokens are written; then every branch generates one token after the other, side by
+    side with the others, so that all have generated as many when one of them ends.
+    """
 
     writes: tuple[Write, ...]
 
@@ -70,11 +76,15 @@ class Branch:
       number: of the branch in its request, from 0.
       position: of the next token; may be set before a write.
       mark: what `ModelConfig.branches` calls this branch; 0: none.
-      new: tokens that its last write generated.
+      new: tokens that its last write generated; one without tokens to write or generate, which
+        puts the last generated token into the cache, leaves them.
+      run: tokens that it has generated since it was last given some.
       chain: tokens generated one after the other so far, on the longest way to here.
       entries: what it has written and what it goes on from, in order.
       sees: other branches of the request whose texts it reads as they grow, in a line before its
-        own text, each moved to follow the one before; None: none, and nothing moves.
+        own text, each moved to follow the one before; None: none, and nothing moves. Branches of
+        one step that see each other are written in their order, and generate side by side, each
+        seeing the others' tokens of the same time.
       temperatures, factors: of the parts of its view, from part 0 (`models.block_cache.Parts`).
     """
 
@@ -82,12 +92,14 @@ class Branch:
         self.owner, self.number = owner, number
         self.position = self.mark = self.chain = 0
         self.new: list[int] = []
+        self.run: list[int] = []
         self.entries: list[Entry] = []
         self.sees: Sequence[Branch] | None = None
         self.temperatures: tuple[float, ...] = (1.0,)
         self.factors: tuple[float, ...] = (1.0,)
         self.pending: int | None = None  # generated, but not yet in the cache
-        self.members: list[Branch] = []  # what it joins, until its first write
+        self.members: list[tuple[Branch, int]] = []  # what it joins, and their ends, until a write
+        self.reached = 0  # the position after its last token
         self.states: Any = None  # what layers without blocks remember
         self.inherited = 0  # entries that it began with
         self.spare: list[tuple[int, ...]] = []  # blocks of its own without a token yet
@@ -112,7 +124,8 @@ class Branch:
           shared: as in `Write`.
         """
         ends = (tuple(end) if isinstance(end, Sequence) else (int(end),) for end in until)
-        return Write(self, tuple(map(int, tokens)), most, frozenset(filter(None, ends)), shared)
+        tokens = tuple(map(operator.index, tokens))
+        return Write(self, tokens, most, frozenset(filter(None, ends)), shared)
 
     def fork(self, count: int = 1) -> "list[Branch]":
         """Branches that go on from here, and see nothing of each other; nothing is copied.
@@ -130,7 +143,7 @@ class Branch:
         if not self.dropped:
             for entry in self.entries:
                 self.memory.release(entry.blocks)
-            self.entries, self.states, self.dropped = [], None, True
+            self.entries, self.states, self.members, self.dropped = [], None, [], True
             self._release_spare()
 
     @property
@@ -144,12 +157,25 @@ class Branch:
 
     def move(self, by: int) -> None:
         """Moves what it sees by so many positions."""
+        self.check_alive("move")
+        self.owner.check_forks()
         for entry in self.entries:
             entry.shift += by
         self.grows = False
 
     def part(self, number: int, temperature: float = 1.0, factor: float = 1.0) -> None:
-        """Makes what it wrote itself so far a part of the view, as APE does with contexts."""
+        """Makes what it wrote itself so far a part of the view, as APE does with contexts.
+
+        Raises:
+          InputError: part 0, which is everything else; or a temperature or factor of 0 or less.
+        """
+        self.check_alive("part")
+        self.owner.check_forks()
+        if number < 1:
+            raise InputError(f"part {number} of a view: expected 1 or more, 0 is all the rest")
+        for name, value in (("temperature", temperature), ("factor", factor)):
+            if not value > 0:
+                raise InputError(f"{name}={value} of part {number}: expected more than 0")
         for entry in self.entries[self.inherited :]:
             entry.part = number
         for name, value in (("temperatures", temperature), ("factors", factor)):
@@ -157,19 +183,32 @@ class Branch:
             have += [1.0] * (number + 1 - len(have))
             have[number] = value
             setattr(self, name, tuple(have))
+        self.grows = False
 
     def take(self, other: "Branch") -> None:
         """Puts the text of another branch behind its own, moved to follow it; the other is empty.
 
         Both have to count their positions from 0, as branches with `sees` do.
+
+        Raises:
+          InputError: the last token of one of them is not in the cache: write nothing to it first.
         """
-        self.check_alive("take")
+        for branch in (self, other):
+            branch.check_alive("take")
+            if branch.pending is not None:
+                raise InputError(
+                    f"take of branch {branch.number}, whose last token is not in the cache yet: "
+                    "yield [branch.write()] before"
+                )
+        self.owner.check_forks()
         length = self.length
         for entry in other.entries:
             entry.shift += length
         self.entries += other.entries
         self.position += other.length
-        other.entries, other.position, other.grows, self.grows = [], 0, False, False
+        self.reached = self.position
+        other.entries, other.position, other.reached, other.inherited = [], 0, 0, 0
+        self.grows = other.grows = False
 
     def set_shared(self, shared: bool) -> None:
         """Whether streams share what is written next, which is then in blocks of its own."""
@@ -184,10 +223,10 @@ class Branch:
 
     def _child(self) -> "Branch":
         child = self.owner.new_branch()
-        for name in ("position", "mark", "chain", "temperatures", "factors", "pending", "sees"):
+        for name in ("position", "reached", "mark", "chain", "pending", "sees", "states"):
             setattr(child, name, getattr(self, name))
+        child.temperatures, child.factors = self.temperatures, self.factors
         child.members = list(self.members)
-        child.states = self.states
         child.see(self.entries)
         child.inherited = len(child.entries)
         return child
@@ -206,7 +245,8 @@ class Branch:
         pending = self.pending is not None
         if self.sees is None:
             return self.position + pending
-        return sum(other.length for other in self.sees) + self.length + pending
+        others = sum(other.length + (other.pending is not None) for other in self.sees)
+        return others + self.length + pending
 
     def check_alive(self, what: str) -> None:
         """Raises InputError if the branch is no more; `what` is what was wanted of it."""
@@ -234,14 +274,30 @@ def join(branches: Sequence[Branch], position: int | None = None) -> Branch:
     if len({branch.number for branch in branches}) < len(branches):
         numbers = ", ".join(str(branch.number) for branch in branches)
         raise InputError(f"a join of branches {numbers}: expected each once")
-    first.owner.check_join()
+    first.owner.check_forks()
     whole = first.owner.new_branch()
-    whole.members = [member for branch in branches for member in branch.members or [branch]]
-    whole.temperatures = max((branch.temperatures for branch in branches), key=len)
-    whole.factors = max((branch.factors for branch in branches), key=len)
+    for branch in branches:
+        whole.members += branch.members or [(branch, branch.end)]
+    whole.temperatures, whole.factors = _join_parts([member for member, _ in whole.members])
     whole.chain = max(branch.chain for branch in branches)
     whole.position = max(branch.end for branch in branches) if position is None else position
+    whole.reached = whole.position
     return whole
+
+
+def _join_parts(branches: Sequence[Branch]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The temperatures and factors of the parts of several branches."""
+    values = {}
+    for branch in branches:
+        for number in {entry.part for entry in branch.entries}:
+            value = branch.temperatures[number], branch.factors[number]
+            if values.setdefault(number, value) != value:
+                raise InputError(
+                    f"a join of branches whose part {number} has temperatures and factors "
+                    f"{values[number]} and {value}: expected the same"
+                )
+    every = [values.get(number, (1.0, 1.0)) for number in range(max(values, default=0) + 1)]
+    return tuple(zip(*every, strict=True))
 
 
 def gather(branch: Branch) -> None:
@@ -249,7 +305,7 @@ def gather(branch: Branch) -> None:
     if not branch.members:
         return
     seen: dict[tuple, Entry] = {}
-    for member in branch.members:
+    for member, _ in branch.members:
         for entry in member.entries:
             name = (entry.blocks, entry.shift)
             if name not in seen or seen[name].count < entry.count:

@@ -7,129 +7,24 @@ time; requests come and go in between. Keys and values are in blocks of one pool
 """
 
 import collections
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from models.config import ModelConfig, check_forks
 from models.transformer import LanguageModel
-from parscale import layouts
 from parscale.block_memory import BlockMemory, OutOfBlocksError
-from parscale.branches import Branch, Race, Write
-from parscale.engine_rows import Group, Job
-from parscale.sampling import GREEDY, Sampling
+from parscale.engine_jobs import Active, Job
+from parscale.engine_rows import Group
+from parscale.requests import Event, Ledger, Request, Result, check_prompt
 from sharding import rules
 from sharding.settings import InputError
 
+__all__ = ["SLOTS", "Engine", "Event", "Ledger", "Request", "Result", "check_prompt"]
+
+SLOTS = 16
+"""Tokens in a block of the cache, where nothing else is asked for."""
+
 PROMPT_TOKENS = 512
 """Tokens of one row that are written in one pass at most."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What somebody wants written.
-
-    Attributes:
-      prompt: token ids.
-      tokens: how many new ones at most; of one branch, where a layout has several.
-      sampling: how they are chosen.
-      until: runs of tokens, the first of which to be generated ends the request.
-      streams: P, where the engine has models of several; 0: of the only one.
-      layout: the script that writes it.
-    """
-
-    prompt: Sequence[int]
-    tokens: int
-    sampling: Sampling = GREEDY
-    until: frozenset[tuple[int, ...]] = frozenset()
-    streams: int = 0
-    layout: Callable[[Branch, "Request"], Iterator] = layouts.plain
-
-
-@dataclasses.dataclass(frozen=True)
-class Ledger:
-    """What a request took.
-
-    Attributes:
-      generated: tokens, of all branches.
-      longest: tokens that were generated one after the other, on the longest way.
-      written: tokens of the prompt, and others that the layout put in.
-    """
-
-    generated: int
-    longest: int
-    written: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a request ended: its answer's tokens, or the error that it met."""
-
-    tokens: list[int]
-    ledger: Ledger
-    error: Exception | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """New tokens of a branch of a request, or its result, which comes last."""
-
-    request: int
-    branch: int = 0
-    tokens: tuple[int, ...] = ()
-    result: Result | None = None
-
-
-class _Active:
-    """A request that runs; the owner of its branches."""
-
-    def __init__(self, number: int, request: Request, group: Group, memory: BlockMemory):
-        self.number, self.request, self.group, self.memory = number, request, group, memory
-        self.told: dict[int, int] = {}
-        self.promised = 0
-        self.reset()
-
-    def reset(self) -> None:
-        """As it was before its first token; what was told stays told."""
-        self.branches: list[Branch] = []
-        self.stages: list[list[Job]] = []
-        self.race = False
-        self.generated = self.written = 0
-        self.count: dict[int, int] = {}
-        self.script: Iterator | None = None
-        self.parts: tuple[int, ...] = ()
-
-    def begin(self, row_part: int) -> None:
-        self.parts = self.group.stream_parts(row_part)
-        self.row_part = row_part
-        root = self.new_branch()
-        root.see(self.group.soft_entries[row_part])
-        root.inherited = len(root.entries)
-        root.states = self.group.first_states
-
-    def new_branch(self) -> Branch:
-        branch = Branch(self, len(self.branches))
-        self.branches.append(branch)
-        return branch
-
-    def check_join(self) -> None:
-        check_forks(self.group.config)
-
-    def release(self) -> None:
-        if hasattr(self.script, "close"):
-            self.script.close()
-        for branch in self.branches:
-            branch.drop()
-        self.memory.take_back(self.parts, self.promised)
-        self.promised = 0
-
-    @property
-    def jobs(self) -> list[Job]:
-        return self.stages[0] if self.stages else []
-
-    def ledger(self) -> Ledger:
-        longest = max((branch.chain for branch in self.branches), default=0)
-        return Ledger(self.generated, longest, self.written)
 
 
 class Engine:
@@ -146,7 +41,7 @@ class Engine:
         *,
         cache_tokens: int,
         rows: int = 16,
-        slots: int = 16,
+        slots: int = SLOTS,
         burst: int = 8,
     ):
         """An engine without requests.
@@ -184,8 +79,10 @@ class Engine:
                 self.pools = group.new_pools(blocks * parts)
             self.pools = group.begin(self.pools)
             self._groups[streams] = group
-        self._waiting: collections.deque[_Active] = collections.deque()
-        self._active: dict[int, _Active] = {}
+        self._waiting: collections.deque[Active] = collections.deque()
+        self._active: dict[int, Active] = {}
+        self._events: list[Event] = []
+        self._crowded = False  # a request had to begin again; none begins before another has ended
         self._next_number = 0
 
     @property
@@ -213,8 +110,13 @@ class Engine:
             )
         group = self._groups[request.streams or next(iter(self._groups))]
         check_prompt(group.config, f"request {number}", request.prompt, request.tokens)
-        active = _Active(number, request, group, self.memory)
-        self.memory.check_fits(group.stream_parts(0), self._blocks_for(active), f"request {number}")
+        active = Active(number, request, group, self.memory)
+        needed, most = self._blocks_for(active), self.memory.most(group.stream_parts(0))
+        if needed > most:
+            raise InputError(
+                f"request {number} needs {needed} blocks of the cache for each stream, which has "
+                f"{most}: give it more tokens, or ask for less"
+            )
         self._waiting.append(active)
         return number
 
@@ -222,7 +124,8 @@ class Engine:
         """Ends a request without a result; nothing happens if it has ended."""
         active = self._active.pop(number, None)
         if active is not None:
-            self._end(active)
+            active.release()
+            self._crowded = False
         self._waiting = collections.deque(a for a in self._waiting if a.number != number)
 
     def run(self) -> dict[int, Result]:
@@ -234,18 +137,17 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One pass that writes, and one that generates; gives the new tokens and results."""
-        self._events: list[Event] = []
+        self._events = []
         self._admit()
         wrote = self._write()
         generated = self._generate()
         for active in list(self._active.values()):
-            if active.number in self._active:
-                self._go_on(active)
+            self._go_on(active)
         if not (wrote or generated or self._events) and self._active:
             self._make_room()
         return self._events
 
-    def _blocks_for(self, active: _Active) -> int:
+    def _blocks_for(self, active: Active) -> int:
         """Of each stream, for a request that does not fork."""
         if not active.group.has_blocks:
             return 0
@@ -253,7 +155,8 @@ class Engine:
         return -(-(len(request.prompt) + request.tokens) // self.slots)
 
     def _admit(self) -> None:
-        while self._waiting:
+        """Begins requests in their order, while the cache has room for the next."""
+        while self._waiting and not (self._crowded and self._active):
             active = self._waiting[0]
             blocks = self._blocks_for(active)
             fits = (
@@ -276,117 +179,62 @@ class Engine:
         used = collections.Counter(active.row_part for active in self._active.values())
         return sorted(range(self._row_parts), key=lambda part: used[part])
 
-    def _go_on(self, active: _Active) -> None:
-        """Lets a script whose writes have ended go on to its next ones, or to its end."""
-        try:
-            while not self._busy(active):
-                if active.stages:
-                    active.stages.pop(0)
-                if not active.stages:
-                    if active.script is None:
-                        active.script = active.request.layout(active.branches[0], active.request)
-                    self._plan(active, next(active.script))
-        except StopIteration as stop:
-            tokens = [] if stop.value is None else list(stop.value)
-            self._finish(active, Result(tokens, active.ledger()))
-        except Exception as error:  # of somebody's script: the other requests go on
-            self._fail(active, error)
+    def _go_on(self, active: Active) -> None:
+        result = active.go_on()
+        if result is not None and active.number in self._active:
+            self._finish(active, result)
 
-    def _busy(self, active: _Active) -> bool:
-        jobs = active.jobs
-        ended = [job for job in jobs if job.ended]
-        if active.race and ended and len(active.stages) == 1:
-            for job in jobs:
-                self._leave(job)
-            return False
-        return len(ended) < len(jobs)
-
-    def _plan(self, active: _Active, step: Any) -> None:
-        """Makes jobs of what a script yields: first what is left to write of what it joins."""
-        writes = step.writes if isinstance(step, Race) else step
-        _check_writes(active, writes)
-        flush = {}
-        for write in writes:
-            for member in write.branch.members:
-                if member.pending is not None:
-                    flush[member.number] = Job(active, Write(member, ()))
-        jobs = [Job(active, write) for write in writes]
-        active.race = isinstance(step, Race)
-        active.stages = [list(flush.values()), jobs] if flush else [jobs]
-
-    def _finish(self, active: _Active, result: Result) -> None:
+    def _finish(self, active: Active, result: Result) -> None:
         del self._active[active.number]
-        self._end(active)
-        self._events.append(Event(active.number, result=result))
-
-    def _fail(self, active: _Active, error: Exception) -> None:
-        if isinstance(error, InputError):
-            error = InputError(f"request {active.number}: {error}")
-        self._finish(active, Result([], active.ledger(), error))
-
-    def _end(self, active: _Active) -> None:
-        for job in active.jobs:
-            self._leave(job)
         active.release()
-
-    def _leave(self, job: Job) -> None:
-        """Ends a job where it is."""
-        if not job.ended:
-            job.ended = True
-            if job.row is not None:
-                job.group.unseat(job)
+        self._crowded = False
+        self._events.append(Event(active.number, result=result))
 
     def _make_room(self) -> None:
         """No request can go on: the youngest begins again later; a single one cannot be served."""
         active = self._active[max(self._active)]
         if len(self._active) == 1:
-            self._fail(
-                active,
-                InputError(
-                    f"its branches need more than the cache's {self.memory.blocks - 1} blocks: "
-                    "give the cache more tokens, or fork less"
-                ),
+            error = InputError(
+                f"its branches need more than the {self.memory.most(active.parts)} blocks that the "
+                "cache has for each stream: give it more tokens, or fork less"
             )
+            self._finish(active, active.failure(error))
             return
         del self._active[active.number]
-        self._end(active)
+        active.release()
         active.reset()
         self._waiting.appendleft(active)
-
-    def _wanted(self) -> Iterator[Job]:
-        for active in self._active.values():
-            for job in active.jobs:
-                if not job.ended:
-                    yield job
+        self._crowded = True
 
     def _write(self) -> bool:
         """Writes tokens of as many jobs as one pass takes; whether there was any."""
-        jobs = [job for job in self._wanted() if job.begin() and job.left]
+        jobs = [job for active in self._active.values() for job in active.writing()]
         jobs = [job for job in jobs if self._has_room(job, min(len(job.left), PROMPT_TOKENS))]
         if not jobs:
             return False
-        first = jobs[0]
-        shape = first.shape(PROMPT_TOKENS)
-        alike = [job for job in jobs if job.shape(PROMPT_TOKENS) == shape]
-        self.pools, done = first.group.write(self.pools, alike, PROMPT_TOKENS)
+        group = jobs[0].group
+        jobs = [job for job in jobs if job.group is group]
+        shape = group.shape(jobs[0], PROMPT_TOKENS)
+        alike = [job for job in jobs if group.shape(job, PROMPT_TOKENS) == shape]
+        self.pools, done = group.write(self.pools, alike, PROMPT_TOKENS)
         for job, token in done:
-            if not job.left and job.write.most:
+            if not job.left and job.most:
                 self._take(job, [token])
             elif not job.left:
-                job.ended = True
+                job.leave()
         return True
 
     def _generate(self) -> bool:
-        """Generates tokens of all jobs that are seated; whether there was any."""
+        """Generates tokens of all jobs that have rows; whether there was any."""
         any_done = False
         for group in self._groups.values():
-            jobs = [job for job in self._wanted() if job.group is group and job.is_generating]
-            for job in jobs:
-                if job.row is None:
-                    group.seat(job)
-            jobs = [job for job in jobs if job.row is not None]
-            steps = 1 if any(job.branch.sees is not None for job in jobs) else self.burst
-            jobs = [job for job in jobs if self._has_room(job, min(steps, job.most))]
+            ready, full = [], set()
+            for active in self._active.values():
+                if active.group is group:
+                    ready.append(self._seated(active, full))
+            in_line = any(jobs and jobs[0].active.in_line for jobs in ready)
+            steps = 1 if in_line else self.burst
+            jobs = [job for some in ready for job in self._with_room(some, steps)]
             if not jobs:
                 continue
             any_done = True
@@ -395,22 +243,34 @@ class Engine:
                 self._take(job, tokens)
         return any_done
 
+    def _seated(self, active: Active, full: set[int]) -> list[Job]:
+        """The jobs of a request that have rows to generate in, for which it takes free ones.
+
+        Of a part of the rows that is `full`, those who come later get none.
+        """
+        jobs, part = active.generating(), active.row_part
+        unseated = [job for job in jobs if job.row is None]
+        free = [] if part in full or not unseated else active.group.free_rows(part)
+        if len(free) < len(unseated):
+            full.add(part)
+            if active.together:
+                return []
+        for job, row in zip(unseated, free, strict=False):
+            active.group.seat(job, row)
+        return [job for job in jobs if job.row is not None]
+
+    def _with_room(self, jobs: list[Job], steps: int) -> list[Job]:
+        """Those of a request's jobs that have blocks; of jobs that go together all or none."""
+        having = [job for job in jobs if self._has_room(job, min(steps, job.most))]
+        return having if len(having) == len(jobs) or not jobs[0].active.together else []
+
     def _take(self, job: Job, tokens: list[int]) -> None:
         """Notes what a job has generated."""
-        branch, active = job.branch, job.active
-        branch.new += tokens
-        branch.pending = tokens[-1]
-        branch.chain += len(tokens)
-        active.generated += len(tokens)
-        job.most -= len(tokens)
-        if job.most == 0 or job.has_met_end:
-            self._leave(job)
-        # What a request that began again had told before is not told twice.
-        count = active.count[branch.number] = active.count.get(branch.number, 0) + len(tokens)
-        untold = count - active.told.get(branch.number, 0)
-        if untold > 0:
-            active.told[branch.number] = count
-            self._events.append(Event(active.number, branch.number, tuple(tokens[-untold:])))
+        job.take(tokens)
+        active, branch = job.active, job.branch
+        untold = active.untold(branch, tokens)
+        if untold:
+            self._events.append(Event(active.number, branch.number, tuple(untold)))
 
     def _has_room(self, job: Job, count: int) -> bool:
         """Whether the job's branch has blocks for so many more tokens, which it then holds."""
@@ -426,70 +286,6 @@ class Engine:
         except OutOfBlocksError:
             return False
         return True
-
-
-def check_prompt(config: ModelConfig, what: str, prompt: Sequence[int], tokens: int) -> None:
-    """Raises InputError if a model cannot go on from a prompt for so many tokens.
-
-    Args:
-      config: of the model.
-      what: how the message calls the prompt.
-      prompt: token ids.
-      tokens: new ones.
-    """
-    if tokens < 1:
-        raise InputError(f"{what}: tokens={tokens}: expected at least 1")
-    if not len(prompt):
-        raise InputError(f"{what} is empty: give at least one character")
-    check_ids(config, what, prompt)
-    if len(prompt) + tokens > config.max_length:
-        raise InputError(
-            f"{what} of {len(prompt)} tokens and {tokens} new ones are more than the model's "
-            f"max_length={config.max_length}"
-        )
-
-
-def check_ids(config: ModelConfig, what: str, ids: Sequence[int]) -> None:
-    """Raises InputError if some of these are no tokens of a model."""
-    wrong = [token for token in ids if not 0 <= token < config.vocab_size]
-    if wrong:
-        raise InputError(
-            f"{what} has token id {wrong[0]}, but the model's vocabulary is {config.vocab_size}: "
-            "was it tokenised with another tokenizer?"
-        )
-
-
-def _check_writes(active: _Active, writes: Any) -> None:
-    """Raises InputError if a script yields what cannot be written."""
-    config = active.group.config
-    if not isinstance(writes, list | tuple) or not writes:
-        raise InputError(
-            f"its layout yields {writes!r}: expected a list of what Branch.write gives"
-        )
-    for write in writes:
-        if not isinstance(write, Write):
-            raise InputError(
-                f"its layout yields a list with {write!r}: expected what Branch.write gives"
-            )
-        branch = write.branch
-        what = f"the write to branch {branch.number}"
-        if branch.owner is not active:
-            raise InputError(f"{what} is to a branch of another request")
-        branch.check_alive("write")
-        if write.most < 0:
-            raise InputError(f"{what} generates {write.most} tokens: expected 0 or more")
-        if not write.tokens and branch.pending is None:
-            raise InputError(f"{what} has no token to go on from: give it some")
-        check_ids(config, what, write.tokens)
-        end = branch.end + len(write.tokens) + write.most
-        if branch.position < 0 or end > config.max_length:
-            raise InputError(
-                f"{what} would go from position {branch.position} to {end}, but the model's "
-                f"max_length is {config.max_length}"
-            )
-    numbers = [write.branch.number for write in writes]
-    if len(set(numbers)) < len(numbers):
-        raise InputError(f"its layout writes to branches {numbers} at once: expected each once")
 
 
 def _check_family(models: Mapping[int, LanguageModel]) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,88 +15,16 @@ from models.growth import first_stream
 from models.transformer import LanguageModel
 from parscale import engine_steps
 from parscale.block_memory import BlockMemory
-from parscale.branches import Branch, Entry, Write, gather
+from parscale.branches import Branch, Entry
 from parscale.engine_steps import NO_TOKEN, Rows, Seen, Tokens
 from parscale.sampling import GREEDY, as_arrays
 from sharding import rules
 
+if TYPE_CHECKING:
+    from parscale.engine_jobs import Job
+
 FEWEST = 4
 """Blocks and tokens are counted up to a power of 2, or one and a half, from here."""
-
-
-class Job:
-    """A write that is being done.
-
-    Attributes:
-      active: the request.
-      write, branch: what and where.
-      left: tokens that are not written yet.
-      most: tokens that may still be generated.
-      row: where it generates.
-      ended: whether it is done.
-    """
-
-    def __init__(self, active: Any, write: Write):
-        self.active, self.write, self.branch = active, write, write.branch
-        self.group: Group = active.group
-        self.left: list[int] = []
-        self.most = write.most
-        self.row: int | None = None
-        self.ended = self.begun = False
-
-    def begin(self) -> bool:
-        """Makes its branch ready, the first time; True."""
-        if self.begun:
-            return True
-        self.begun, branch = True, self.branch
-        gather(branch)
-        if branch.pending is not None and (self.write.tokens or not self.write.most):
-            self.left, branch.pending = [branch.pending], None
-        self.left += self.write.tokens
-        self.active.written += len(self.write.tokens)
-        branch.new = []
-        branch.set_shared(self.write.shared)
-        return True
-
-    @property
-    def has_met_end(self) -> bool:
-        """Whether what was generated last is one of the runs that end it."""
-        new = self.branch.new
-        return any(tuple(new[-len(end) :]) == end for end in self.write.until)
-
-    @property
-    def is_generating(self) -> bool:
-        """Whether nothing but generating is left."""
-        return self.begun and not self.left and not self.ended
-
-    @property
-    def parts(self) -> tuple[int, ...]:
-        """The parts of the cache that a block of each stream is taken from."""
-        parts = self.active.parts
-        return parts[:1] if self.write.shared else parts
-
-    def spread(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
-        """The blocks of all streams, given those of `parts`."""
-        return blocks * len(self.active.parts) if self.write.shared else blocks
-
-    def missing_blocks(self, count: int) -> int:
-        """Blocks that its branch needs for `count` more tokens and has not."""
-        if not self.group.has_blocks:
-            return 0
-        slots = self.group.slots
-        room = slots * len(self.branch.spare)
-        if self.branch.grows:
-            room += slots - self.branch.entries[-1].count
-        return max(0, -(-(count - room) // slots))
-
-    def length(self, limit: int) -> int:
-        """Tokens that one pass writes."""
-        return min(len(self.left), limit)
-
-    def shape(self, limit: int) -> tuple:
-        """Jobs of the same shape are written in one pass."""
-        length = self.length(limit)
-        return id(self.group), 1 if length == 1 else rounded(length, 16), self.write.shared
 
 
 @dataclasses.dataclass
@@ -123,12 +51,14 @@ class Group:
     def __init__(self, model: LanguageModel, rows: int, memory: BlockMemory, slots: int):
         self.config = model.config
         self.memory, self.slots = memory, slots
-        self.model = model.unstack() if jax.default_backend() == "cpu" else model
+        unrolled = jax.default_backend() == "cpu" and model.config.layer_loop != "scan"
+        self.model = model.unstack() if unrolled else model
         graph, params = nnx.split(self.model)
         self._steps = {False: _Compiled(graph, nnx.to_pure_dict(params))}
         self._row_parts = rules.parts("batch")
         self._stream_parts = rules.parts("streams")
         self._rows: list[Job | None] = [None] * rows
+        self.rows_of_part = rows // self._row_parts
         self.soft_entries: list[list[Entry]] = [[] for _ in range(self._row_parts)]
         self.first_states = _states(self.model, 1)
         self._states = _states(self.model, rows)
@@ -161,7 +91,7 @@ class Group:
         count = -(-soft // self.slots) if self.has_blocks else 0
         for part, entries in enumerate(self.soft_entries):
             for index in range(count):
-                blocks = self.memory.allocate(self.stream_parts(part), promised=False)
+                blocks = self.memory.set_aside(self.stream_parts(part))
                 entries.append(Entry(blocks, min(self.slots, soft - index * self.slots)))
         shape = (self._row_parts, self.config.streams)
         place = np.arange(soft)
@@ -184,20 +114,21 @@ class Group:
         self.first_states = engine_steps.take_state(states, np.int32(0), self.model.state_axis)
         return pools
 
-    def seat(self, job: Job) -> None:
-        """Gives a job a row to generate in, if one is free in its part."""
-        size = len(self._rows) // self._row_parts
-        first = job.active.row_part * size
-        for row in range(first, first + size):
-            if self._rows[row] is None:
-                self._rows[row], job.row = job, row
-                if self._has_states:
-                    self._states = engine_steps.put_state(
-                        self._states, np.int32(row), job.branch.states, self.model.state_axis
-                    )
-                return
+    def free_rows(self, part: int) -> list[int]:
+        """The rows of a part in which nobody generates."""
+        first = part * self.rows_of_part
+        rows = range(first, first + self.rows_of_part)
+        return [row for row in rows if self._rows[row] is None]
 
-    def unseat(self, job: Job) -> None:
+    def seat(self, job: "Job", row: int) -> None:
+        """Gives a job a row to generate in."""
+        self._rows[row], job.row = job, row
+        if self._has_states:
+            self._states = engine_steps.put_state(
+                self._states, np.int32(row), job.branch.states, self.model.state_axis
+            )
+
+    def unseat(self, job: "Job") -> None:
         """Takes a job's row back; its branch keeps what the row remembers."""
         if self._has_states:
             job.branch.states = engine_steps.take_state(
@@ -205,13 +136,18 @@ class Group:
             )
         self._rows[job.row], job.row = None, None
 
-    def write(self, pools: tuple, jobs: Sequence[Job], limit: int) -> tuple:
+    def shape(self, job: "Job", limit: int) -> tuple[int, bool]:
+        """What jobs that are written in one pass have in common: tokens, and who computes them."""
+        length = min(len(job.left), limit)
+        return 1 if length == 1 else rounded(length, 16), job.write.shared
+
+    def write(self, pools: tuple, jobs: "Sequence[Job]", limit: int) -> tuple:
         """Writes what one pass takes of jobs of one shape.
 
         Returns:
           the cache, and pairs of a job that took part and the token chosen after its last one.
         """
-        _, length, shared = jobs[0].shape(limit)
+        length, shared = self.shape(jobs[0], limit)
         most = max(1, min(len(self._rows), 4 * limit // length) // self._row_parts)
         by_part = [[] for _ in range(self._row_parts)]
         for job in jobs:
@@ -221,14 +157,14 @@ class Group:
         size = rounded(max(map(len, by_part)), 1)
         rows = [job for part in by_part for job in (*part, *[None] * (size - len(part)))]
         taking = [job for job in rows if job]
-        counts = {job: job.length(limit) for job in taking}
-        texts = {job: self._text(job.branch) for job in taking}
+        counts = {job: min(len(job.left), limit) for job in taking}
+        texts = {job: self._text(job) for job in taking}
         places = {job: self._commit(job.branch, counts[job]) for job in taking}
-        if length == 1 or any(job.branch.sees is not None for job in taking):
-            # Others see the tokens of this pass, and a token its own.
-            for job in taking:
-                now = self._text(job.branch)
-                texts[job].entries = now.entries
+        for job, text in texts.items():
+            if length == 1:  # a token sees itself in its block
+                text.entries = self._text(job).entries
+            else:  # they see each other by the mask
+                text.entries = [entry for entry in text.entries if entry.count]
         streams = 1 if shared else self.config.streams
         batch, ids = len(rows), np.zeros((len(rows), length), np.int32)
         lengths, positions = np.ones(batch, np.int32), np.zeros((batch, length), np.int32)
@@ -244,8 +180,6 @@ class Group:
             keys[row] = text.key_position + np.arange(length)
             marks[row] = job.branch.mark
             where[row, :, :count] = places[job][:streams]
-            if length > 1:
-                self._unsee_own(texts[job], count)
         seen = self._seen([texts[job] if job else None for job in rows], rows, streams)
         tokens = Tokens(
             ids, lengths, positions,
@@ -264,7 +198,7 @@ class Group:
             if job is None:
                 continue
             job.left = job.left[counts[job] :]
-            job.branch.position += counts[job]
+            self._advance(job.branch, counts[job])
             if self._has_states:
                 job.branch.states = engine_steps.take_state(
                     states, np.int32(row), self.model.state_axis
@@ -272,7 +206,7 @@ class Group:
             done.append((job, int(new[row])))
         return pools, done
 
-    def generate(self, pools: tuple, jobs: Sequence[Job], steps: int) -> tuple:
+    def generate(self, pools: tuple, jobs: "Sequence[Job]", steps: int) -> tuple:
         """Up to `steps` tokens of jobs that have rows and room for them.
 
         Returns:
@@ -285,12 +219,12 @@ class Group:
         rows: list[Job | None] = [None] * batch
         for job in jobs:
             rows[job.row] = job
-        texts = [job and self._text(job.branch) for job in rows]
-        if steps == 1:
+        texts = [job and self._text(job) for job in rows]
+        if steps == 1:  # those who see each other see what is written in this step
             for job in jobs:
                 self._commit(job.branch, 1)
             for job in jobs:
-                texts[job.row].entries = self._text(job.branch).entries
+                texts[job.row].entries = self._text(job).entries
         token, most = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
         positions, keys, marks = (np.zeros(batch, np.int32) for _ in range(3))
         tail, filled = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
@@ -298,6 +232,7 @@ class Group:
         ends = {job: sorted({end[-1] for end in job.write.until}) for job in jobs}
         widest = max(map(len, ends.values()))
         until = np.full((batch, widest and rounded(widest, 1)), NO_TOKEN, np.int32)
+        races, first_of = np.arange(batch, dtype=np.int32), {}
         for job in jobs:
             row, text = job.row, texts[job.row]
             token[row], most[row] = job.branch.pending, job.most
@@ -305,11 +240,14 @@ class Group:
             tail[row], filled[row] = text.tail, text.filled
             marks[row] = job.branch.mark
             until[row, : len(ends[job])] = ends[job]
+            if job.active.race:
+                races[row] = first_of.setdefault(job.active.number, row)
         values = Rows(
             token, positions,
             keys if (keys != positions).any() else None,
             marks if self.config.branches else None,
             tail, filled, self._nobodys(batch, streams), most, until,
+            races if first_of else None,
         )  # fmt: skip
         seen = self._seen(texts, rows, streams)
         choice, method = as_arrays([_sampling(job) for job in rows], batch)
@@ -326,25 +264,29 @@ class Group:
             tokens = [int(token) for token in new[job.row] if token != NO_TOKEN]
             if steps > 1:
                 self._commit(job.branch, len(tokens))
-            job.branch.position += len(tokens)
+            self._advance(job.branch, len(tokens))
             results.append(tokens)
         return pools, results
 
-    def _text(self, branch: Branch) -> Text:
-        """Where a branch stands; of its spare blocks all are at the end of what it sees."""
-        offset, entries = 0, []
+    def _advance(self, branch: Branch, count: int) -> None:
+        branch.position += count
+        branch.reached = branch.position
+
+    def _text(self, job: "Job") -> Text:
+        """Where a job's branch stands; of its spare blocks all are at the end of what it sees."""
+        branch, offset = job.branch, 0
+        entries = list(self.soft_entries[job.active.row_part])
         for other in branch.sees or ():
             entries += [_moved(entry, offset) for entry in other.entries]
             offset += other.length
-        own = branch.length
-        first = len(entries)
+        full = not branch.grows or branch.entries[-1].count == self.slots
+        tail = len(entries) + len(branch.entries) - (not full)
+        filled = 0 if full else branch.entries[-1].count
         entries += [_moved(entry, offset) for entry in branch.entries]
-        full = not branch.grows or entries[-1].count == self.slots
-        tail = first + len(branch.entries) - (not full)
-        filled = 0 if full else entries[-1].count
         entries += [Entry(blocks, 0, offset) for blocks in branch.spare]
         if branch.sees is None:
             return Text(entries, tail, filled, branch.position, branch.position)
+        own = branch.length
         return Text(entries, tail, filled, offset + own, own)
 
     def _commit(self, branch: Branch, count: int) -> np.ndarray:
@@ -364,14 +306,9 @@ class Group:
             left -= taken
         return np.concatenate(places, 1)
 
-    def _unsee_own(self, text: Text, count: int) -> None:
-        """Leaves tokens of the pass, which see each other by its mask, out of what is seen."""
-        kept = text.entries[: text.tail]
-        if text.filled:
-            kept.append(dataclasses.replace(text.entries[text.tail], count=text.filled))
-        text.entries = kept
-
-    def _seen(self, texts: Sequence[Text | None], rows: Sequence[Job | None], streams: int) -> Seen:
+    def _seen(
+        self, texts: Sequence[Text | None], rows: "Sequence[Job | None]", streams: int
+    ) -> Seen:
         batch = len(texts)
         most = max(len(text.entries) for text in texts if text)
         most = rounded(most, FEWEST) if most else 0
@@ -394,7 +331,7 @@ class Group:
             value = np.ones((batch, width), np.float32)
             for row, job in enumerate(rows):
                 given = getattr(job.branch, name) if job else ()
-                value[row, : len(given)] = given
+                value[row, : len(given)] = given[:width]
             values.append(value)
         return Seen(blocks, counts, shifts, parts, *values)
 
@@ -410,7 +347,7 @@ class Group:
             self._steps[shared] = _Compiled(graph, nnx.to_pure_dict(params))
         return self._steps[shared]
 
-    def _gather_states(self, rows: Sequence[Job | None]) -> tuple:
+    def _gather_states(self, rows: "Sequence[Job | None]") -> tuple:
         """The states of the branches of rows."""
         if not self._has_states:
             return self._states
@@ -460,5 +397,5 @@ def _moved(entry: Entry, by: int) -> Entry:
     return dataclasses.replace(entry, shift=entry.shift + by)
 
 
-def _sampling(job: Job | None) -> tuple:
+def _sampling(job: "Job | None") -> tuple:
     return (GREEDY, 0) if job is None else (job.active.request.sampling, job.branch.number)

@@ -62,6 +62,8 @@ class Rows(NamedTuple):
       nobodys: int32 `[B, P]`, blocks for rows that have ended.
       most: int32 `[B]`, tokens to generate; 0 for a row that is none.
       until: int32 `[B, k]`, tokens that end a row; NO_TOKEN for none.
+      races: int32 `[B]`, the same number for rows of which the first to end ends the others; None:
+        every row ends by itself.
     """
 
     token: Int[Array, "B"]
@@ -73,6 +75,7 @@ class Rows(NamedTuple):
     nobodys: Int[Array, "B P"]
     most: Int[Array, "B"]
     until: Int[Array, "B k"]
+    races: Int[Array, "B"] | None = None
 
 
 class Tokens(NamedTuple):
@@ -171,6 +174,9 @@ def generate(
         new = choose(logits[:, 0], choice, positions + 1, method)
         out = jnp.where(alive, new, NO_TOKEN)
         ended = jnp.any(new[:, None] == rows.until, 1) | (index + 1 >= rows.most)
+        if rows.races is not None:
+            first = jnp.zeros_like(alive).at[rows.races].max(alive & ended)
+            ended = first[rows.races]
         return (new, alive & ~ended, pools, states), out
 
     def view(index, alive, key_positions):
