@@ -39,15 +39,15 @@ def shared_prompt(root: Branch, request: "Request") -> Iterator:
 class Multiverse:
     """Map, process, reduce, as often and as deep as the model asks for it (arXiv 2506.09991).
 
-    When the model has written `fork`, there are as many paths as it has written `outline` since the
-    map stage began. They are written side by side, not seeing each other, from the same position;
-    what follows the conclusion's tag sees all of them, with their keys and values as they are, and
-    stands after the longest.
+    When the model has written `fork`, there are as many paths as it has written `outline` since it
+    began or joined others. They are written side by side, not seeing each other, from the same
+    position; what follows the conclusion's tag sees all of them, with their keys and values as they
+    are, and stands after the longest.
 
     Attributes:
       fork: ends the map stage.
       outline: is written once for each path in the map stage.
-      paths: what the paths begin with, in order; there are at most so many.
+      paths: what the paths begin with, in order; further outlines have none.
       end: ends a path.
       conclusion: what the reduce stage begins with.
       most: tokens of a path at most.
@@ -83,17 +83,14 @@ class Multiverse:
             text += new
             if not ends_with(new, self.fork) or most <= 0:
                 return text, branch
-            count = occurrences(new, self.outline)
-            if not 0 < count <= len(self.paths):
-                raise InputError(
-                    f"the model asks for {count} paths: expected 1 to {len(self.paths)}, which is "
-                    "how many the layout has"
-                )
-            begins = self.paths[:count]
+            begins = self.paths[: occurrences(new, self.outline)]
+            if not begins:  # a tag that means nothing here
+                begin = ()
+                continue
             ended = yield from beside(
                 *(
                     self.text(path, begin, self.most, frozenset({self.end}))
-                    for path, begin in zip(branch.fork(count), begins, strict=True)
+                    for path, begin in zip(branch.fork(len(begins)), begins, strict=True)
                 )
             )
             whole = [[*begin, *path] for begin, (path, _) in zip(begins, ended, strict=True)]
