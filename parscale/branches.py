@@ -15,7 +15,7 @@ by side, and goes on when all of them have ended; what it returns are the tokens
 import dataclasses
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from parscale.block_memory import BlockMemory
 from sharding.settings import InputError
@@ -36,6 +36,14 @@ class Entry:
     count: int
     shift: int = 0
     part: int = 0
+
+
+class Token(NamedTuple):
+    """A token, where it stands, and the mark of its branch."""
+
+    id: int
+    position: int
+    mark: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +105,11 @@ class Branch:
         self.sees: Sequence[Branch] | None = None
         self.temperatures: tuple[float, ...] = (1.0,)
         self.factors: tuple[float, ...] = (1.0,)
-        self.pending: int | None = None  # generated, but not yet in the cache
-        self.members: list[tuple[Branch, int]] = []  # what it joins, and their ends, until a write
-        self.reached = 0  # the position after its last token
+        self.last: Token | None = None  # what it goes on from
+        self.cached = True  # whether that one is in the cache; if not, it was generated
+        self.members: list[Branch] = []  # what it forks from or joins, until they are in the cache
+        self.followers: list[Branch] = []  # those of which it is a member
+        self.reached = 0  # the position after its last token, where the next one is by itself
         self.states: Any = None  # what layers without blocks remember
         self.inherited = 0  # entries that it began with
         self.spare: list[tuple[int, ...]] = []  # blocks of its own without a token yet
@@ -139,16 +149,32 @@ class Branch:
         return [self._child() for _ in range(count)]
 
     def drop(self) -> None:
-        """Releases its blocks, but those that others hold."""
-        if not self.dropped:
+        """Releases its blocks, but those that others hold or will see."""
+        self.dropped = True
+        self._leave_members()
+        self._release_if_unwanted()
+
+    def _leave_members(self) -> None:
+        for member in self.members:
+            member.followers.remove(self)
+            member._release_if_unwanted()
+        self.members = []
+
+    def _release_if_unwanted(self) -> None:
+        if self.dropped and not self.followers:
             for entry in self.entries:
                 self.memory.release(entry.blocks)
-            self.entries, self.states, self.members, self.dropped = [], None, [], True
+            self.entries, self.states = [], None
             self._release_spare()
 
     @property
     def memory(self) -> BlockMemory:
         return self.owner.memory
+
+    @property
+    def pending(self) -> Token | None:
+        """Its last token, if that is not in the cache."""
+        return None if self.cached else self.last
 
     @property
     def length(self) -> int:
@@ -161,7 +187,13 @@ class Branch:
         self.owner.check_forks()
         for entry in self.entries:
             entry.shift += by
+        self._end_text()
+
+    def _end_text(self) -> None:
+        """What is written next is in blocks of its own, and does not go on from its last token."""
         self.grows = False
+        if self.cached:
+            self.last = None
 
     def part(self, number: int, temperature: float = 1.0, factor: float = 1.0) -> None:
         """Makes what it wrote itself so far a part of the view, as APE does with contexts.
@@ -183,7 +215,7 @@ class Branch:
             have += [1.0] * (number + 1 - len(have))
             have[number] = value
             setattr(self, name, tuple(have))
-        self.grows = False
+        self._end_text()
 
     def take(self, other: "Branch") -> None:
         """Puts the text of another branch behind its own, moved to follow it; the other is empty.
@@ -205,10 +237,11 @@ class Branch:
         for entry in other.entries:
             entry.shift += length
         self.entries += other.entries
-        self.position += other.length
+        self.position += other.position
         self.reached = self.position
         other.entries, other.position, other.reached, other.inherited = [], 0, 0, 0
-        self.grows = other.grows = False
+        self._end_text()
+        other._end_text()
 
     def set_shared(self, shared: bool) -> None:
         """Whether streams share what is written next, which is then in blocks of its own."""
@@ -223,13 +256,27 @@ class Branch:
 
     def _child(self) -> "Branch":
         child = self.owner.new_branch()
-        for name in ("position", "reached", "mark", "chain", "pending", "sees", "states"):
+        for name in (
+            "position", "reached", "mark", "chain", "last", "cached", "sees", "states",
+            "temperatures", "factors",
+        ):  # fmt: skip
             setattr(child, name, getattr(self, name))
-        child.temperatures, child.factors = self.temperatures, self.factors
-        child.members = list(self.members)
-        child.see(self.entries)
-        child.inherited = len(child.entries)
+        # Its last token has to be in the cache once, for a join of the forks sees it once. Where
+        # there are no joins, every fork may write it for itself.
+        if self.owner.joins and (self.members or self.pending):
+            child.follow(self.members or [self])
+            child.cached = True
+        else:
+            child.see(self.entries)
+            child.inherited = len(child.entries)
         return child
+
+    def follow(self, members: "Sequence[Branch]") -> None:
+        """Makes branches those whose entries it will see as they are now."""
+        for member in members:
+            if member not in self.members:
+                self.members.append(member)
+                member.followers.append(self)
 
     def see(self, entries: Sequence[Entry]) -> None:
         """Adds entries to its view, with what they hold now."""
@@ -242,11 +289,9 @@ class Branch:
     @property
     def end(self) -> int:
         """The position after all that it has, or sees in a line."""
-        pending = self.pending is not None
         if self.sees is None:
-            return self.position + pending
-        others = sum(other.length + (other.pending is not None) for other in self.sees)
-        return others + self.length + pending
+            return self.position
+        return sum(b.length + (b.pending is not None) for b in (*self.sees, self))
 
     def check_alive(self, what: str) -> None:
         """Raises InputError if the branch is no more; `what` is what was wanted of it."""
@@ -277,8 +322,8 @@ def join(branches: Sequence[Branch], position: int | None = None) -> Branch:
     first.owner.check_forks()
     whole = first.owner.new_branch()
     for branch in branches:
-        whole.members += branch.members or [(branch, branch.end)]
-    whole.temperatures, whole.factors = _join_parts([member for member, _ in whole.members])
+        whole.follow(branch.members or [branch])
+    whole.temperatures, whole.factors = _join_parts(whole.members)
     whole.chain = max(branch.chain for branch in branches)
     whole.position = max(branch.end for branch in branches) if position is None else position
     whole.reached = whole.position
@@ -301,15 +346,15 @@ def _join_parts(branches: Sequence[Branch]) -> tuple[tuple[float, ...], tuple[fl
 
 
 def gather(branch: Branch) -> None:
-    """Gives a branch that joins others what these see; their last tokens are in the cache now."""
+    """Gives a branch what its members see; their last tokens are in the cache now."""
     if not branch.members:
         return
     seen: dict[tuple, Entry] = {}
-    for member, _ in branch.members:
+    for member in branch.members:
         for entry in member.entries:
             name = (entry.blocks, entry.shift)
             if name not in seen or seen[name].count < entry.count:
                 seen[name] = entry
     branch.see(list(seen.values()))
     branch.inherited = len(branch.entries)
-    branch.members = []
+    branch._leave_members()

@@ -209,7 +209,7 @@ class Engine:
     def _write(self) -> bool:
         """Writes tokens of as many jobs as one pass takes; whether there was any."""
         jobs = [job for active in self._active.values() for job in active.writing()]
-        jobs = [job for job in jobs if self._has_room(job, min(len(job.left), PROMPT_TOKENS))]
+        jobs = [job for job in jobs if self._has_room(job, min(job.left, PROMPT_TOKENS))]
         if not jobs:
             return False
         group = jobs[0].group

@@ -5,9 +5,11 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from models.config import check_forks
 from parscale.block_memory import BlockMemory
-from parscale.branches import Branch, Race, Write, gather
+from parscale.branches import Branch, Race, Token, Write, gather
 from parscale.engine_rows import Group
 from parscale.requests import Ledger, Request, Result, check_ids
 from sharding.settings import InputError
@@ -19,7 +21,8 @@ class Job:
     Attributes:
       active: the request.
       write, branch: what and where.
-      left: tokens that are not written yet.
+      text: int32 `[3, n]`, the tokens that are not written yet, their positions and marks.
+      again: whether that is one token that is in the cache already, read for what follows it.
       most: tokens that may still be generated.
       row: where it generates.
       ended: whether it is done.
@@ -32,10 +35,18 @@ class Job:
         self.row: int | None = None
         branch = write.branch
         gather(branch)
-        self.left: list[int] = []
-        if branch.pending is not None and (write.tokens or not write.most):
-            self.left, branch.pending = [branch.pending], None
-        self.left += write.tokens
+        begin, pending = branch.position, branch.pending
+        text = [[token, begin + n, branch.mark] for n, token in enumerate(write.tokens)]
+        moved = pending and (begin, branch.mark) != (branch.reached, pending.mark)
+        if pending and (write.tokens or not write.most or moved):
+            text = [pending, *text]
+        self.again = not (text or pending) and write.most > 0
+        if self.again:
+            text = [branch.last]
+        if text:
+            branch.last, branch.cached = Token(*text[-1]), True
+        self.text = np.array(text, np.int32).reshape(-1, 3).T
+        branch.position = branch.reached = begin + len(write.tokens)
         self.ended = not self.left and not self.most
         if write.tokens or write.most:
             branch.new = []
@@ -44,12 +55,20 @@ class Job:
         branch.set_shared(write.shared)
         active.written += len(write.tokens)
 
+    @property
+    def left(self) -> int:
+        """How many tokens are not written yet."""
+        return self.text.shape[1]
+
     def take(self, tokens: list[int]) -> None:
         """Notes what it has generated."""
         branch, self.most = self.branch, self.most - len(tokens)
         branch.new += tokens
         branch.run += tokens
-        branch.pending = tokens[-1]
+        branch.position += len(tokens)
+        branch.reached = branch.position
+        branch.last = Token(tokens[-1], branch.position - 1, branch.mark)
+        branch.cached = False
         branch.chain += len(tokens)
         ends = self.write.until
         if not self.most or any(tuple(branch.run[-len(end) :]) == end for end in ends):
@@ -126,7 +145,12 @@ class Active:
                     except StopIteration as stop:
                         return Result(_answer(stop.value), self.ledger())
                     self._plan(step)
-                self.jobs = [Job(self, write) for write in self._stages.pop(0)]
+                writes = self._stages.pop(0)
+                if not self._stages:
+                    for write in writes:
+                        for follower in list(write.branch.followers):
+                            gather(follower)
+                self.jobs = [Job(self, write) for write in writes]
         except Exception as error:  # of somebody's script: the other requests go on
             return self.failure(error)
         return None
@@ -143,6 +167,11 @@ class Active:
         branch = Branch(self, len(self.branches))
         self.branches.append(branch)
         return branch
+
+    @property
+    def joins(self) -> bool:
+        """Whether its model can go on from several branches."""
+        return set(self.group.config.mixers) == {"attention"}
 
     def check_forks(self) -> None:
         """Raises InputError if its model reads a text in one line."""
@@ -206,16 +235,17 @@ class Active:
         return all(job.ended for job in jobs)
 
     def _plan(self, step: Any) -> None:
-        """Notes what a script yields: first what is left to write of what it joins or sees."""
+        """Notes what a script yields: first what is left to write for those who will see it."""
         writes = step.writes if isinstance(step, Race) else step
         self._check_writes(writes)
-        own = {write.branch.number for write in writes}
         flush = {}
         for write in writes:
-            seen = [other for other in write.branch.sees or () if other.number not in own]
-            for other in [*seen, *(member for member, _ in write.branch.members)]:
-                if other.pending is not None:
-                    flush[other.number] = Write(other, ())
+            # A branch that is only seen keeps its last token: it may have to go on from it.
+            branch = write.branch
+            for follower in (branch, *branch.followers):
+                for member in follower.members:
+                    if member.pending is not None:
+                        flush[member.number] = Write(member, ())
         self._stages = [list(flush.values()), writes] if flush else [writes]
         self.race = isinstance(step, Race)
         self.in_line = any(write.branch.sees is not None for write in writes)
@@ -262,19 +292,14 @@ def _check_write(active: Active, write: Write) -> None:
     if branch.owner is not active:
         raise InputError(f"{what} is to a branch of another request")
     branch.check_alive("write")
-    for member, end in branch.members:
-        member.check_alive(f"join into branch {branch.number}")
-        if member.end != end:
-            raise InputError(
-                f"{what}, which joins branch {member.number}: that was written to after the join"
-            )
     for other in branch.sees or ():
         if other.owner is not active or other is branch:
             raise InputError(f"{what} sees branch {other.number}: expected others of its request")
         other.check_alive(f"branch {branch.number}, which sees others")
     if write.most < 0:
         raise InputError(f"{what} generates {write.most} tokens: expected 0 or more")
-    if write.most and not write.tokens and branch.pending is None:
+    from_pending = branch.pending is not None or (branch.last is not None and active.joins)
+    if write.most and not write.tokens and not from_pending:
         raise InputError(f"{what} has no token to go on from: give it some")
     if write.shared and write.most:
         raise InputError(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from parscale.engine_jobs import Job
 
 FEWEST = 4
-"""Blocks and tokens are counted up to a power of 2, or one and a half, from here."""
+"""Blocks of a view are counted up to a power of 2 from here."""
 
 
 @dataclasses.dataclass
@@ -35,14 +35,13 @@ class Text:
       entries: of the cache, those of its own text last.
       tail: the place in `entries` of the block that the next token goes to.
       filled: slots of that block that are full.
-      position, key_position: of the next token and of its key.
+      place: of a branch that sees others, the position of the next token and that of its key.
     """
 
     entries: list[Entry]
     tail: int
     filled: int
-    position: int
-    key_position: int
+    place: tuple[int, int] | None
 
 
 class Group:
@@ -138,7 +137,7 @@ class Group:
 
     def shape(self, job: "Job", limit: int) -> tuple[int, bool]:
         """What jobs that are written in one pass have in common: tokens, and who computes them."""
-        length = min(len(job.left), limit)
+        length = min(job.left, limit)
         return 1 if length == 1 else rounded(length, 16), job.write.shared
 
     def write(self, pools: tuple, jobs: "Sequence[Job]", limit: int) -> tuple:
@@ -157,9 +156,9 @@ class Group:
         size = rounded(max(map(len, by_part)), 1)
         rows = [job for part in by_part for job in (*part, *[None] * (size - len(part)))]
         taking = [job for job in rows if job]
-        counts = {job: min(len(job.left), limit) for job in taking}
+        counts = {job: min(job.left, limit) for job in taking}
         texts = {job: self._text(job) for job in taking}
-        places = {job: self._commit(job.branch, counts[job]) for job in taking}
+        places = {job: self._commit(job.branch, counts[job]) for job in taking if not job.again}
         for job, text in texts.items():
             if length == 1:  # a token sees itself in its block
                 text.entries = self._text(job).entries
@@ -169,18 +168,25 @@ class Group:
         batch, ids = len(rows), np.zeros((len(rows), length), np.int32)
         lengths, positions = np.ones(batch, np.int32), np.zeros((batch, length), np.int32)
         where = np.zeros((batch, streams, length), np.int32)
-        keys, marks = positions.copy(), positions.copy()
+        keys, marks, steps = positions.copy(), positions.copy(), np.arange(length)
         where[:] = self._nobodys(batch, streams)[..., None] * self.slots
+        seen = self._seen([texts[job] if job else None for job in rows], rows, streams)
         for row, job in enumerate(rows):
             if job is None:
                 continue
             count, text = counts[job], texts[job]
-            ids[row, :count], lengths[row] = job.left[:count], count
-            positions[row] = text.position + np.arange(length)
-            keys[row] = text.key_position + np.arange(length)
-            marks[row] = job.branch.mark
-            where[row, :, :count] = places[job][:streams]
-        seen = self._seen([texts[job] if job else None for job in rows], rows, streams)
+            lengths[row] = count
+            ids[row, :count], positions[row, :count], marks[row, :count] = job.text[:, :count]
+            if text.place is not None:
+                start, key_start = (place - job.again for place in text.place)
+                positions[row], keys[row] = start + steps, key_start + steps
+            else:
+                keys[row] = positions[row]
+            if not job.again:
+                where[row, :, :count] = places[job][:streams]
+            if job.again:  # what pads its blocks must not be where it writes
+                size = len(text.entries)
+                seen.blocks[row, :, size:] = seen.blocks[row, :, :1]
         tokens = Tokens(
             ids, lengths, positions,
             keys if (keys != positions).any() else None,
@@ -188,7 +194,7 @@ class Group:
             where,
         )  # fmt: skip
         choice, method = as_arrays([_sampling(job) for job in rows], batch)
-        if not any(job.write.most and len(job.left) == counts[job] for job in taking):
+        if not any(job.most and job.left == counts[job] for job in taking):
             method = "greedy"
         states = self._gather_states(rows)
         compiled = self._compiled(shared)
@@ -197,8 +203,7 @@ class Group:
         for row, job in enumerate(rows):
             if job is None:
                 continue
-            job.left = job.left[counts[job] :]
-            self._advance(job.branch, counts[job])
+            job.text = job.text[:, counts[job] :]
             if self._has_states:
                 job.branch.states = engine_steps.take_state(
                     states, np.int32(row), self.model.state_axis
@@ -235,10 +240,10 @@ class Group:
         races, first_of = np.arange(batch, dtype=np.int32), {}
         for job in jobs:
             row, text = job.row, texts[job.row]
-            token[row], most[row] = job.branch.pending, job.most
-            positions[row], keys[row] = text.position, text.key_position
+            token[row], position, marks[row] = job.branch.pending
+            positions[row], keys[row] = text.place or (position, position)
+            most[row] = job.most
             tail[row], filled[row] = text.tail, text.filled
-            marks[row] = job.branch.mark
             until[row, : len(ends[job])] = ends[job]
             if job.active.race:
                 races[row] = first_of.setdefault(job.active.number, row)
@@ -264,13 +269,8 @@ class Group:
             tokens = [int(token) for token in new[job.row] if token != NO_TOKEN]
             if steps > 1:
                 self._commit(job.branch, len(tokens))
-            self._advance(job.branch, len(tokens))
             results.append(tokens)
         return pools, results
-
-    def _advance(self, branch: Branch, count: int) -> None:
-        branch.position += count
-        branch.reached = branch.position
 
     def _text(self, job: "Job") -> Text:
         """Where a job's branch stands; of its spare blocks all are at the end of what it sees."""
@@ -285,9 +285,9 @@ class Group:
         entries += [_moved(entry, offset) for entry in branch.entries]
         entries += [Entry(blocks, 0, offset) for blocks in branch.spare]
         if branch.sees is None:
-            return Text(entries, tail, filled, branch.position, branch.position)
+            return Text(entries, tail, filled, None)
         own = branch.length
-        return Text(entries, tail, filled, offset + own, own)
+        return Text(entries, tail, filled, (offset + own, own))
 
     def _commit(self, branch: Branch, count: int) -> np.ndarray:
         """Counts `count` more tokens as written; their places `[P, count]`."""
@@ -325,7 +325,7 @@ class Group:
         shifts = shifts if shifts.any() else None
         if not parts.any():
             return Seen(blocks, counts, shifts)
-        width = rounded(1 + parts.max(), 2)
+        width = rounded(1 + int(parts.max()), 2)
         values = []
         for name in ("temperatures", "factors"):
             value = np.ones((batch, width), np.float32)
@@ -370,13 +370,8 @@ class _Compiled:
 
 
 def rounded(count: int, least: int) -> int:
-    """`count` up to `least` times a power of 2, or one and a half of one."""
-    size = least
-    while size < count:
-        if size % 2 == 0 and size * 3 // 2 >= count:
-            return size * 3 // 2
-        size *= 2
-    return size
+    """`count` up to `least` times a power of 2."""
+    return least << (-(-count // least) - 1).bit_length()
 
 
 def _states(model: LanguageModel, rows: int) -> tuple:

@@ -1,0 +1,80 @@
+"""Small models with random weights for tests of the generation engine, and what they should write."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from models.config import ModelConfig
+from models.segments import Layout
+from models.transformer import LanguageModel
+
+SMALL = ModelConfig(
+    vocab_size=31, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, tied_embeddings=False,
+    streams=2, transform_size=4,
+)  # fmt: skip
+CLOSE = 1e-4
+"""Between logits of size 5: the same float32 sums in another order."""
+RUNS = 16
+
+
+@functools.cache
+def make_model(config: ModelConfig = SMALL, seed: int = 0) -> LanguageModel:
+    """A model in which every weight counts, also those that are 0 or 1 at first."""
+    graph, weights = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        offset = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return (offset + 0.3 * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(weights))
+    return nnx.merge(graph, jax.device_put(params))
+
+
+def logits_of(
+    model: LanguageModel, ids, length: int, layout: Layout | None = None, marks=None
+) -> Float[np.ndarray, "T V"]:
+    """The uncached forward pass of one row, padded to `length` behind its end.
+
+    Args:
+      model: which.
+      ids: tokens.
+      length: of the row that is compiled for.
+      layout: where the tokens stand and who sees them; None: in a line.
+      marks: branches of the tokens.
+    """
+    size = len(ids)
+    assert size <= length
+    pad = lambda x: np.pad(np.asarray(x, np.int32), (0, length - size))[None]
+    arguments = {}
+    if layout is not None:
+        runs = layout.runs
+        runs = np.pad(runs, ((0, RUNS - len(runs)), (0, 0), (0, length - size)))
+        mask = dataclasses.replace(layout.mask, intervals=runs, queries=length)
+        arguments |= {"positions": pad(layout.positions), "mask": mask}
+    if marks is not None:
+        arguments["branches"] = pad(marks)
+    return np.asarray(_call(*nnx.split(model), pad(ids), arguments))[0, :size]
+
+
+def check_greedy(model: LanguageModel, prompt, tokens, length: int) -> None:
+    """Each token has the greatest logit after those before it, in the whole row's forward pass."""
+    logits = logits_of(model, [*prompt, *tokens], length)[len(prompt) - 1 : -1]
+    check_best(logits, tokens)
+
+
+def check_best(logits: Float[np.ndarray, "T V"], tokens) -> None:
+    """Each token has the greatest of its logits."""
+    tokens = np.asarray(tokens)
+    assert len(logits) == len(tokens)
+    chosen = np.take_along_axis(logits, tokens[:, None], 1)[:, 0]
+    np.testing.assert_array_less(logits.max(1) - chosen, CLOSE)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _call(graph, params, ids, arguments):
+    return nnx.merge(graph, params)(ids, **arguments)
