@@ -2,6 +2,7 @@
 
 python -m experiments.evaluate --workdir=/tmp/tiny
 python -m experiments.evaluate --workdir=/tmp/tiny --files='notes/*.txt'
+python -m experiments.evaluate --workdir=/tmp/tiny --shared_prompt=128
 """
 
 import json
@@ -23,6 +24,10 @@ flags.DEFINE_string(
     flag_values=FLAGS,
 )  # fmt: skip
 flags.DEFINE_integer("rows", 512, "most rows of text to read; 0: all", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "shared_prompt", 0, "also: the loss after so many tokens of a row if the first stream alone "
+    "had read them, as with --layout=shared_prompt of experiments.sample", 0, flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_integer("batch", 16, "rows at a time", flag_values=FLAGS)
 flags.DEFINE_string("json", "", "also write the figures to this file", flag_values=FLAGS)
 
@@ -35,7 +40,7 @@ def main(options: flags.FlagValues) -> None:
             f"--batch={options.batch} --rows={options.rows}: expected at least 1 and at least 0"
         )
     mesh_config = program.load_mesh(options)
-    from parscale import data, evaluation, workdir
+    from parscale import data, evaluation, shared_prompt, workdir
     from sharding.mesh import make_mesh
 
     mesh = make_mesh(mesh_config) if mesh_config else None
@@ -52,9 +57,21 @@ def main(options: flags.FlagValues) -> None:
         text = data.open_data(weights.data, vocab_size)
     if text.held_out_tokens <= text.held_out_documents:
         raise InputError(f"{options.files or weights.data.corpus}: no document has two tokens")
-    batches = data.held_out_batches(text, options.batch, options.rows)
-    result = evaluation.report(weights.build(mesh), batches, weights.loss_chunk, mesh)
+    model = weights.build(mesh)
+    read = lambda: data.held_out_batches(text, options.batch, options.rows)
+    losses = None
+    if options.shared_prompt:
+        if mesh is not None:
+            raise InputError("--shared_prompt is measured on one device: give no --config.mesh")
+        losses = shared_prompt.compare(model, read(), options.shared_prompt, weights.loss_chunk)
+    result = evaluation.report(model, read(), weights.loss_chunk, mesh)
     print(evaluation.describe(result, text.bits_per_byte(result.loss)))
+    if losses is not None:
+        print(
+            f"\nafter {options.shared_prompt} tokens  {losses.exact:.4f} nats per token\n"
+            f"read by one stream   {losses.shared:.4f} ({losses.shared - losses.exact:+.4f}), "
+            f"{losses.tokens} tokens"
+        )
     if options.json:
         figures = {
             "loss": result.loss,
@@ -67,6 +84,8 @@ def main(options: flags.FlagValues) -> None:
             "gain": result.gain,
             "collapsed": result.collapsed,
         }
+        if losses is not None:
+            figures["shared_prompt"] = losses._asdict()
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=1)
 

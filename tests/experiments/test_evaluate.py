@@ -101,6 +101,14 @@ def test_equal_streams_have_collapsed(one, tmp_path, capfd):
     assert "WARNING: the 2 streams have collapsed into one" in out
 
 
+def test_a_shared_prompt_has_its_loss(two, tmp_path, capfd):
+    out, figures = evaluated(capfd, two, tmp_path, "--rows=32", "--shared_prompt=20")
+    losses = figures["shared_prompt"]
+    assert f"read by one stream   {losses['shared']:.4f}" in out
+    assert losses["tokens"] > 0
+    assert losses["exact"] == pytest.approx(losses["shared"], abs=0.1)
+
+
 def test_streams_are_chosen_by_number(family, tmp_path, capfd):
     _, figures = evaluated(capfd, family, tmp_path, "--rows=16", "--streams=4")
     result = runs.result(family / "streams" / "4")
@@ -122,6 +130,7 @@ def test_streams_are_chosen_by_number(family, tmp_path, capfd):
         (["--files={tmp}/byte*"], "{tmp}/byte*: no document has two tokens"),
         (["--json={tmp}"], "--json={tmp}: Is a directory"),
         (["--batch=6", "--config.mesh.data=8"], "a batch: axis 'batch' of size 6 does not divide"),
+        (["--shared_prompt=999"], "shared_prompt=999: expected 1 to"),
         (["--streams=3"], "--streams=3: {two} has no run with 3 streams"),
     ],
 )

@@ -13,7 +13,7 @@ from parscale import workdir
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
-TOKENS = 17  # the first, and twice eight: two compiled functions
+TOKENS = 17  # the first, and twice eight
 
 
 class Recorder(io.StringIO):
@@ -68,7 +68,7 @@ def test_text_appears_as_it_is_generated(two, monkeypatch):
     lengths = sorted({len(text) for text in out.seen})
     assert lengths[0] == len("def f")  # the prompt stands there before the first token is known
     assert len(lengths) >= 3
-    assert max(np.diff(lengths)) <= 8
+    assert max(np.diff(lengths)) <= 9
 
 
 def test_seed_decides(two, capfd):
@@ -157,7 +157,7 @@ def test_a_reader_may_leave(two, monkeypatch, capfd):
         (["--prompt=x", "--streams=4"], "--streams=4: {two} has no run with 4 streams, only"),
         (["--prompt=x", "--layout=hogwld"], "layout 'hogwld': expected one of plain, shared_promp"),
         (["--prompt=x", "--layout={{"], "the layout '{{' is no JSON"),
-        (['--prompt=x', '--layout={{"name": "ape", "contexts": []}}'], "contexts=(): expected some"),
+        (["--prompt=x", "--layout=ape"], "layout ape: its field shared is missing"),
         (["--prompt=x", "--cache_tokens=9"], "request 0 needs"),
         (["--prompt=x", "--config.mesh.stream=3"], "stream=3: the fixed axes take 3 devices"),
         (["--prompt=x", "--config.mesh.sequence=2"], "config.mesh.sequence=2: text is written"),
