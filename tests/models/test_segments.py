@@ -1,9 +1,12 @@
 """Descriptions of text that forks and joins, against rules written out for every pair of tokens."""
 
+import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
+from random_models import SMALL, forward, make_model
 
 from models.segments import NO_TOKEN, Rules, Segment, ancestors, lay_out, read_again, trie
 from pallas_kernels import masks
@@ -104,6 +107,28 @@ def test_every_unit_of_a_trie_is_a_way_from_its_beginning():
     beginnings = {unit[:n] for unit in units for n in range(1, len(unit) + 1)}
     assert ways == beginnings
     assert len(layout.ids) == len(beginnings)
+
+
+def test_the_loss_of_a_trie_is_that_of_its_units_each_token_once():
+    rng = np.random.default_rng(1)
+    config = dataclasses.replace(SMALL, streams=2)
+    model = make_model(config)
+    start = tuple(map(int, rng.integers(3, 31, 3)))
+    units = [(*start, *map(int, rng.integers(0, 3, rng.integers(1, 8)))) for _ in range(6)]
+    alone = {}
+    for unit in units:
+        row = np.zeros((1, 10), np.int32)
+        row[0, : len(unit)] = unit
+        logits = jax.nn.log_softmax(forward(model, row)[0])
+        for place in range(1, len(unit)):
+            alone[unit[: place + 1]] = -logits[place - 1, unit[place]]
+    layout = lay_out(trie(units))
+    logits = forward(model, layout.ids[None], positions=layout.positions[None], mask=layout.mask)[0]
+    losses = -jax.nn.log_softmax(logits)[layout.before, layout.ids]
+    total = np.sum(np.where(layout.before == NO_TOKEN, 0, losses))
+    assert len(alone) < sum(len(unit) - 1 for unit in units)
+    # The same float32 sums in another order, of some 30 terms.
+    np.testing.assert_allclose(total, sum(alone.values()), rtol=1e-5)
 
 
 def test_a_join_that_reads_again_sees_the_threads_in_a_line():
