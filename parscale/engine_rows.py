@@ -23,7 +23,7 @@ from sharding import rules
 if TYPE_CHECKING:
     from parscale.engine_jobs import Job
 
-FEWEST = 4
+FEWEST = 8
 """Blocks of a view are counted up to a power of 2 from here."""
 
 
@@ -153,7 +153,7 @@ class Group:
             part = by_part[job.active.row_part]
             if len(part) < most:
                 part.append(job)
-        size = rounded(max(map(len, by_part)), 1)
+        size = rounded(max(map(len, by_part)), 1, 4)
         rows = [job for part in by_part for job in (*part, *[None] * (size - len(part)))]
         taking = [job for job in rows if job]
         counts = {job: min(job.left, limit) for job in taking}
@@ -224,12 +224,10 @@ class Group:
         rows: list[Job | None] = [None] * batch
         for job in jobs:
             rows[job.row] = job
-        texts = [job and self._text(job) for job in rows]
         if steps == 1:  # those who see each other see what is written in this step
             for job in jobs:
                 self._commit(job.branch, 1)
-            for job in jobs:
-                texts[job.row].entries = self._text(job).entries
+        texts = [job and self._text(job, counted=int(steps == 1)) for job in rows]
         token, most = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
         positions, keys, marks = (np.zeros(batch, np.int32) for _ in range(3))
         tail, filled = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
@@ -272,21 +270,27 @@ class Group:
             results.append(tokens)
         return pools, results
 
-    def _text(self, job: "Job") -> Text:
-        """Where a job's branch stands; of its spare blocks all are at the end of what it sees."""
+    def _text(self, job: "Job", counted: int = 0) -> Text:
+        """Where a job's branch stands; of its spare blocks all are at the end of what it sees.
+
+        Args:
+          job: which.
+          counted: tokens of the pass, 0 or 1, that count as written already.
+        """
         branch, offset = job.branch, 0
         entries = list(self.soft_entries[job.active.row_part])
         for other in branch.sees or ():
             entries += [_moved(entry, offset) for entry in other.entries]
             offset += other.length
-        full = not branch.grows or branch.entries[-1].count == self.slots
+        filled = branch.entries[-1].count - counted if branch.grows else self.slots
+        full = filled == self.slots
         tail = len(entries) + len(branch.entries) - (not full)
-        filled = 0 if full else branch.entries[-1].count
+        filled = 0 if full else filled
         entries += [_moved(entry, offset) for entry in branch.entries]
         entries += [Entry(blocks, 0, offset) for blocks in branch.spare]
         if branch.sees is None:
             return Text(entries, tail, filled, None)
-        own = branch.length
+        own = branch.length - counted
         return Text(entries, tail, filled, (offset + own, own))
 
     def _commit(self, branch: Branch, count: int) -> np.ndarray:
@@ -369,9 +373,12 @@ class _Compiled:
         return engine_steps.generate(self.graph, self.params, *arguments)
 
 
-def rounded(count: int, least: int) -> int:
-    """`count` up to `least` times a power of 2."""
-    return least << (-(-count // least) - 1).bit_length()
+def rounded(count: int, least: int, factor: int = 2) -> int:
+    """`count` up to `least` times a power of `factor`."""
+    size = least
+    while size < count:
+        size *= factor
+    return size
 
 
 def _states(model: LanguageModel, rows: int) -> tuple:

@@ -1,4 +1,4 @@
-"""Small models with random weights for tests of the generation engine, and what they should write."""
+"""Small models with random weights for tests of the engine, and what they should write."""
 
 import dataclasses
 import functools

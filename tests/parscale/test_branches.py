@@ -59,7 +59,7 @@ class Writer:
     def __call__(self, root, request):
         rng = np.random.default_rng(self.seed)  # the same when the request begins again
         pieces, self.tokens = self.pieces, {}
-        ends, starts = {}, {}
+        ends = {}
         waiting = list(range(len(pieces)))
         users = {n: [m for m in waiting if n in pieces[m].after] for n in waiting}
         while waiting:
@@ -121,3 +121,291 @@ def write_texts(model, count: int, seed: int, *, depth: int = 3, **engine) -> En
 
 def test_random_texts_that_fork_and_join():
     write_texts(make_model(dataclasses.replace(SMALL, branches=3)), 4, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("transform", ["prefix", "soft_tokens", "low_rank", "bias"])
+def test_random_texts_of_every_transform(transform, seed):
+    config = dataclasses.replace(SMALL, transform=transform, layer_loop=("scan", "auto")[seed % 2])
+    write_texts(make_model(config), 12, seed, rows=3, burst=seed)
+
+
+@pytest.mark.slow
+def test_random_texts_in_a_cache_that_is_too_small_for_them_together():
+    engine = write_texts(make_model(), 12, 7, cache_tokens=1000)
+    assert engine.idle
+
+
+# The races and the texts that see each other are of one stream, as plain as can be.
+ALONE = dataclasses.replace(SMALL, streams=1)
+
+
+def run(script, model=None, **engine):
+    """The result of a script, and its engine."""
+    engine = Engine(model or make_model(ALONE), **{"cache_tokens": 2048, "rows": 4} | engine)
+    number = engine.submit(Request([1], 1, layout=script))
+    result = engine.run()[number]
+    assert engine.memory.held == engine.memory.promised == 0
+    return result
+
+
+@pytest.mark.parametrize("burst", [1, 5])
+def test_a_race_stops_the_others_and_they_go_on_with_the_same_tokens(burst):
+    found = {}
+
+    def script(root, request):
+        yield [root.write(range(10))]
+        paths = root.fork(3)
+        limits = [7, 20, 20]
+        begins = zip(paths, limits, strict=True)
+        yield Race([p.write([n], most) for n, (p, most) in enumerate(begins)])
+        found["first"] = [list(path.new) for path in paths]
+        yield [path.write((), 5) for path in paths[1:]]
+        found["later"] = [list(path.new) for path in paths[1:]]
+
+    assert run(script, burst=burst).error is None
+    # All have as many tokens as the one that ended.
+    assert [len(new) for new in found["first"]] == [7, 7, 7]
+    for n, new in enumerate(found["first"]):
+        tokens = [*new, *(found["later"][n - 1] if n else [])]
+        check_greedy(make_model(ALONE), [*range(10), n], tokens, 40)
+
+
+def test_tokens_that_follow_a_fork_or_a_prompt_need_no_new_one_before_them():
+    found = []
+
+    def script(root, request):
+        yield [root.write(range(6))]
+        first, second = root.fork(2)
+        yield [first.write((), 4), second.write((), 4)]
+        (third,) = second.fork()
+        yield [second.write((), 3)]
+        yield [third.write((), 5), first.write([], 2)]
+        found.extend([first.new, second.new, third.new])
+        whole = join([first, third])
+        yield [whole.write([3], 2)]
+
+    assert run(script).error is None
+    model = make_model(ALONE)
+    (line,) = [script_line(model, 9)]
+    assert found == [line[4:6], line[4:7], line[4:9]]
+
+
+def script_line(model, count):
+    """What follows range(6)."""
+
+    def script(root, request):
+        yield [root.write(range(6), count)]
+        return root.new
+
+    tokens = run(script, model).tokens
+    check_greedy(model, range(6), tokens, 40)
+    return tokens
+
+
+class Reference:
+    """A model of one stream that keeps the keys of texts at positions from 0, in NumPy."""
+
+    def __init__(self, model):
+        self.model, self.config = model, model.config
+        self.texts: dict[str, list] = {}  # of each token its keys and values in every layer
+
+    def rotate(self, x, position):
+        half = x.shape[-1] // 2
+        turn = position * self.config.rope_theta ** (-np.arange(half) / half)
+        a, b = x[..., :half], x[..., half:]
+        cos, sin = np.cos(turn), np.sin(turn)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def norm(self, module, x):
+        x = x / np.sqrt(np.mean(x**2) + self.config.norm_eps)
+        return x * np.asarray(module.scale[...])
+
+    def read(self, tokens: dict[str, int], sees: dict[str, list[str]]) -> dict[str, int]:
+        """Appends a token to some texts at once; the most likely next one of each."""
+        model, config = self.model.unstack(), self.config
+        own = {name: len(self.texts.setdefault(name, [])) for name in tokens}
+        for name in tokens:
+            self.texts[name].append([])
+        x = {name: np.asarray(model.embedding[...])[token] for name, token in tokens.items()}
+        for index in range(config.layers):
+            layer, queries = model.layers[index], {}
+            at = layer.mixer
+            for name in tokens:
+                y = self.norm(layer.mixer_norm, x[name])
+                q, k, v = (
+                    np.einsum("d,dnh->nh", y, np.asarray(w[...])) + np.asarray(bias[...])
+                    for w, bias in ((at.q, at.q_bias), (at.k, at.k_bias), (at.v, at.v_bias))
+                )
+                before = sum(len(self.texts[other]) for other in sees[name])
+                queries[name] = self.rotate(q, before + own[name])
+                self.texts[name][-1].append((self.rotate(k, own[name]), v))
+            for name, q in queries.items():
+                keys, values, offset = [], [], 0
+                for other in [*sees[name], name]:
+                    keys += [self.rotate(token[index][0], offset) for token in self.texts[other]]
+                    values += [token[index][1] for token in self.texts[other]]
+                    offset += len(self.texts[other])
+                q = q.reshape(config.kv_heads, -1, config.head_dim)
+                scores = np.einsum("kgh,skh->kgs", q, np.array(keys)) * config.head_dim**-0.5
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                weights /= weights.sum(-1, keepdims=True)
+                out = np.einsum("kgs,skh->kgh", weights, np.array(values))
+                y = x[name] + np.einsum("nh,nhd->d", out.reshape(config.heads, -1), at.o[...])
+                z = self.norm(layer.mlp_norm, y)
+                gate, up = (z @ np.asarray(w[...]) for w in (layer.mlp.gate, layer.mlp.up))
+                x[name] = y + (gate / (1 + np.exp(-gate)) * up) @ np.asarray(layer.mlp.down[...])
+        head = np.asarray(model.head_weight())
+        return {name: int(np.argmax(self.norm(model.norm, x[name]) @ head)) for name in tokens}
+
+
+def test_workers_that_see_each_other_against_numpy():
+    model = make_model(ALONE)
+    prompt, headers, counts = [5, 6, 7, 8, 9], {"a": [1, 2, 3], "b": [4]}, {"a": 14, "b": 9}
+    found = {}
+
+    def script(root, request):
+        a, b = root.fork(2)
+        a.sees, b.sees = [root, b], [root, a]
+        yield [root.write(prompt)]
+        workers = {"a": a, "b": b}
+        yield [w.write(headers[name], counts[name]) for name, w in workers.items()]
+        found.update({name: w.new for name, w in workers.items()})
+
+    def beside(root, request):
+        yield [root.write([3] * 20, 40)]
+
+    engine = Engine(model, cache_tokens=2048, rows=4)
+    numbers = [engine.submit(Request([1], 1, layout=layout)) for layout in (beside, script)]
+    results = engine.run()
+    assert all(results[number].error is None for number in numbers)
+
+    reference = Reference(model)
+    sees = {"root": [], "a": ["root", "b"], "b": ["root", "a"]}
+    reference.texts = {name: [] for name in sees}
+    for token in prompt:
+        reference.read({"root": token}, sees)
+    new = {"a": [], "b": []}
+    for name, header in headers.items():
+        for token in header:
+            last = reference.read({name: token}, sees)[name]
+        new[name].append(last)
+    while going := {name: new[name][-1] for name in new if len(new[name]) < counts[name]}:
+        for name, token in reference.read(going, sees).items():
+            new[name].append(token)
+    assert found == new
+
+
+def test_one_worker_alone_writes_as_plain_decoding_does():
+    def script(root, request):
+        (worker,) = root.fork()
+        worker.sees = [root]
+        yield [root.write(range(7))]
+        yield [worker.write([2, 3], 12)]
+        return worker.new
+
+    tokens = run(script).tokens
+    check_greedy(make_model(ALONE), [*range(7), 2, 3], tokens, 40)
+
+
+def test_a_text_that_another_takes_over_is_read_as_if_it_stood_there():
+    def script(root, request):
+        a, b = root.fork(2)
+        a.sees = b.sees = [root]
+        yield [root.write(range(7))]
+        yield [a.write([2, 3], 6)]
+        yield [a.write()]
+        root.take(a)
+        yield [b.write([4], 8)]
+        return [*a.new, *b.new]
+
+    tokens = run(script).tokens
+    # Positions, and what is seen, are those of one line.
+    line = [*range(7), 2, 3, *tokens[:6], 4]
+    check_greedy(make_model(ALONE), [*range(7), 2, 3], tokens[:6], 40)
+    check_greedy(make_model(ALONE), line, tokens[6:], 40)
+
+
+RECURRENT = dataclasses.replace(
+    SMALL, mixers=("retention", "window"), window=4, key_dim=6, max_length=64
+)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda root, _: join([]), "a join of no branch"),
+        (lambda root, _: join([root, root]), "a join of branches 0, 0: expected each once"),
+        (lambda root, other: join([root, other]), "a join of branches of several requests"),
+        (lambda root, _: (root.drop(), join([root])), "join of branch 0, which was dropped"),
+        (lambda root, _: (root.drop(), root.fork()), "fork of branch 0, which was dropped"),
+        (lambda root, _: root.fork(0), "a fork into 0 branches"),
+        (lambda root, _: root.part(0), "part 0 of a view: expected 1 or more"),
+        (lambda root, _: root.part(1, 0.0), "temperature=0.0 of part 1"),
+        (lambda root, _: [root.write(), root.write()], "branches [0, 0] at once"),
+        (lambda root, _: [root.write([31])], "the write to branch 0 has token id 31"),
+        (lambda root, _: [root.write([1], -1)], "generates -1 tokens"),
+        (lambda root, _: [root.write([1], 61)], "from position 3 to 65, but the model's max"),
+        (lambda root, other: [other.write([1])], "is to a branch of another request"),
+        (lambda root, _: [root.write([1], 2, shared=True)], "generate by another write"),
+        (lambda root, _: Race([p.write([1], 2) for p in root.fork(5)]), "has rows for 4"),
+        (lambda root, _: None, "its layout yields None: expected a list"),
+        (lambda root, _: [], "its layout yields []"),
+        (lambda root, _: [3], "yields a list with 3"),
+        (lambda root, _: 1 / 0, "its layout raised ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_script_that_goes_wrong_fails_alone(wrong, message):
+    config = dataclasses.replace(ALONE, max_length=64)
+    engine = Engine(make_model(config), cache_tokens=512, rows=4)
+    roots = []
+
+    def other(root, request):
+        roots.append(root)
+        yield [root.write([1, 2, 3], 5)]
+        yield [root.write([1], 5)]
+        return root.new
+
+    def script(root, request):
+        yield [root.write([1, 2, 3])]
+        yield wrong(root, roots[0])
+
+    numbers = [engine.submit(Request([1], 1, layout=layout)) for layout in (other, script, other)]
+    results = engine.run()
+    assert isinstance(results[1].error, InputError)
+    assert str(results[1].error).startswith("request 1: ")
+    assert message in str(results[1].error)
+    assert results[1].ledger.written == 3
+    assert results[0].tokens == results[2].tokens
+    assert len(results[0].tokens) == 5
+    assert len(numbers) == 3
+    assert engine.memory.held == engine.memory.promised == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda root: join(root.fork(2)),
+        lambda root: root.move(3),
+        lambda root: root.part(1),
+        lambda root: setattr(root, "sees", root.fork()),
+        lambda root: setattr(root, "position", 5),
+    ],
+)
+def test_what_a_recurrence_cannot_do_is_refused_by_name(wrong):
+    def script(root, request):
+        yield [root.write([1, 2])]
+        wrong(root)
+        yield [root.write([1])]
+
+    error = str(run(script, make_model(RECURRENT)).error)
+    assert "mixers=retention,window" in error
+    assert "for attention alone" in error
+
+
+@pytest.mark.parametrize("layout", [lambda *_: [1], lambda *_: None, lambda *_: 1 / 0, lambda: 1])
+def test_layouts_that_are_no_scripts(layout):
+    error = run(layout).error
+    assert isinstance(error, InputError)
+    assert str(error).startswith("request 0: its layout ")
