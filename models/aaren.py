@@ -90,8 +90,8 @@ class Aaren(nnx.Module):
             y = project(y.reshape(*y.shape[:-2], -1), out.reshape(-1, out.shape[-1]))[0]
         return y, state
 
-    def init_cache(self, config: ModelConfig, batch: int, length: int) -> Any:
-        """The cache before the first token; its size does not depend on `length`."""
+    def init_state(self, config: ModelConfig, batch: int) -> Any:
+        """What `batch` rows remember before their first token."""
         state = self.streams.state()
         if state is None:
             shape = (config.streams, config.heads)

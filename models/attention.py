@@ -24,27 +24,6 @@ PARTS_OF_HEADS = ("batch", "streams", "length", "heads", None)
 PARTS_OF_KV_HEADS = ("batch", "streams", "length", "kv_heads", None)
 
 
-class KVCache(NamedTuple):
-    """Keys (rotated) and values of the positions seen so far; slot s holds position s.
-
-    Attributes:
-      k, v: `[B, P, S, K, h]`.
-    """
-
-    k: Float[Array, "B P S K h"]
-    v: Float[Array, "B P S K h"]
-
-    def write(self, k: Array, v: Array, positions: Int[Array, "B T"]) -> "KVCache":
-        """The cache with `k` and `v` `[B, P, T, K, h]` at slots `positions[b, 0]` and after."""
-
-        def write_row(row, new, start):
-            return jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), start, axis=1)
-
-        write_rows = jax.vmap(write_row)
-        start = positions[:, 0]
-        return KVCache(write_rows(self.k, k, start), write_rows(self.v, v, start))
-
-
 class Attention(nnx.Module):
     """Softmax attention over positions, for every stream on its own."""
 
@@ -123,24 +102,16 @@ class Attention(nnx.Module):
         return k + learned, v + learned
 
     def remember(
-        self, k: Array, v: Array, context: Context, cache: KVCache | None
-    ) -> tuple[Array, Array, Mask, KVCache | None]:
-        """Keys and values to attend to, who sees them, and the cache after this pass."""
-        if cache is None:
-            return k, v, context.mask, None
-        cache = cache.write(k, v, context.positions)
-        return *cache, context.mask, cache
-
-    def init_cache(self, config: ModelConfig, batch: int, length: int) -> KVCache:
-        """An empty cache of `length` slots for `batch` rows, in the type of activations."""
-        shape = (batch, config.streams, length, config.kv_heads, config.head_dim)
-        empty = jnp.zeros(shape, config.dtype)
-        return KVCache(empty, empty)
+        self, k: Array, v: Array, context: Context, cache: Any
+    ) -> tuple[Array, Array, Mask, Any]:
+        """Keys and values to attend to, who sees them, and what is kept of them after this pass."""
+        return k, v, context.mask, None
 
     def init_blocks(self, config: ModelConfig, blocks: int, slots: int) -> BlockPool:
         """Blocks of `slots` tokens of one stream each, in the type of activations."""
-        empty = jnp.zeros((blocks, slots, config.kv_heads, config.head_dim), config.dtype)
-        return BlockPool(empty, empty)
+        shape = (blocks, slots, config.kv_heads, config.head_dim)
+        # Two arrays, so that both may be donated.
+        return BlockPool(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
 class WindowCache(NamedTuple):
@@ -177,9 +148,11 @@ class WindowAttention(Attention):
         index = jnp.where(kept >= first, slots + kept - first, slot)[:, None, :, None, None]
         return k, v, mask, WindowCache(*(jnp.take_along_axis(x, index, 2) for x in (k, v)))
 
-    def init_cache(self, config: ModelConfig, batch: int, length: int) -> WindowCache:
-        """As for attention over all positions, but of no more slots than the window has."""
-        return WindowCache(*super().init_cache(config, batch, min(self.window, length)))
+    def init_state(self, config: ModelConfig, batch: int) -> WindowCache:
+        """No positions yet, for `batch` rows, in the type of activations."""
+        slots = min(config.window, config.max_length)
+        shape = (batch, config.streams, slots, config.kv_heads, config.head_dim)
+        return WindowCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
 def _last_in_slot(position, slot, slots):

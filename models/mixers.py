@@ -18,4 +18,5 @@ MIXERS = {
     "kda": KimiDeltaAttention,
     "aaren": Aaren,
 }
-"""Each is called `mixer(x, context, cache)` and makes its caches by `mixer.init_cache`."""
+"""Each is called `mixer(x, context, cache)` and makes its memory by `init_state`; attention to all
+positions makes it by `init_blocks`."""

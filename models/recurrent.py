@@ -223,11 +223,8 @@ class Recurrent(nnx.Module):
             y = project(y.reshape(*y.shape[:-2], -1), out.reshape(-1, out.shape[-1]))[0]
         return y, RecurrentCache(state, last)
 
-    def init_cache(self, config: ModelConfig, batch: int, length: int) -> RecurrentCache:
-        """The cache before the first token of `batch` rows; its size does not depend on `length`.
-
-        It holds the state that the streams start from.
-        """
+    def init_state(self, config: ModelConfig, batch: int) -> RecurrentCache:
+        """What `batch` rows remember before their first token: what the streams start from."""
         lead = (batch, config.streams)
         state = self.streams.state()
         if state is None:

@@ -10,7 +10,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.aggregation import make_aggregation
-from models.attention import KVCache
 from models.block_cache import View, with_states, without_states
 from models.config import ATTENTION, ModelConfig, check_forks
 from models.context import Context
@@ -86,16 +85,17 @@ class LanguageModel(nnx.Module):
         Args:
           ids: token ids.
           positions: place of each token in its document; 0, 1, 2, ... by default. Given a cache,
-            the positions of a row are consecutive and say where in the cache it goes on.
+            where the rows go on.
           segment_ids: documents of a row, which do not see each other, count from 1; 0 is padding.
             Given a cache, a row has one document, and its padding stands behind it.
           mask: who sees whom, in place of the causal order within documents (`models.segments`);
             for models of attention alone, and without a cache.
           branches: of tokens in branches beside each other the number of the branch, which chooses
             what `config.branches` learned of it; 0 outside of them, and by default.
-          cache: what `init_cache` or an earlier call gave; or blocks and states (`init_blocks`,
-            `init_states`) with a view.
-          view: what the rows see of a cache in blocks, and where their tokens go.
+          cache: what an earlier call gave; at first the blocks and states (`with_states`) of
+            `init_blocks` and `init_states`.
+          view: what the rows see of the cache's blocks, and where their tokens go; None if no mixer
+            is attention to all positions.
 
         Returns:
           float32 logits `[B, T, V]`; given a cache, a pair of them and the new cache.
@@ -168,21 +168,6 @@ class LanguageModel(nnx.Module):
         """The LM head's matrix: the transposed embedding if they are tied."""
         return self.embedding[...].T if self.config.tied_embeddings else self.head[...]
 
-    def init_cache(self, batch: int, length: int) -> Any:
-        """A cache for `batch` rows of up to `length` tokens, as calls of this model expect it."""
-        soft = self.soft_length
-        cache = self._by_layer(
-            lambda index: self._layer(index).mixer.init_cache(self.config, batch, soft + length)
-        )
-        if soft:
-            x = jnp.broadcast_to(
-                self.soft_tokens.tokens[...].astype(self.config.dtype),
-                (batch, self.config.streams, soft, self.config.width),
-            )
-            positions = jnp.broadcast_to(jnp.arange(soft, dtype=jnp.int32), (batch, soft))
-            _, cache = self._decoder(x, positions, None, None, None, cache)
-        return cache
-
     def init_blocks(self, blocks: int, slots: int) -> Any:
         """Blocks of `slots` tokens for each layer of attention, None for others."""
 
@@ -199,7 +184,7 @@ class LanguageModel(nnx.Module):
         def of_layer(index):
             if self.config.mixers[index % len(self.config.mixers)] == "attention":
                 return None
-            return self._layer(index).mixer.init_cache(self.config, batch, self.config.max_length)
+            return self._layer(index).mixer.init_state(self.config, batch)
 
         return self._by_layer(of_layer)
 
@@ -279,14 +264,10 @@ class LanguageModel(nnx.Module):
         return x, positions, mask, branches
 
     def _decoder(self, x, positions, mask, segment_ids, branches, cache, soft=0, view=None):
-        """All layers and the final norm; given a cache, attention's mask is what it holds."""
+        """All layers and the final norm."""
         config, length = self.config, x.shape[2]
         rotated = {config.head_dim} if set(config.mixers) & set(ATTENTION) else set()
         rotated |= {config.key_head_dim} if "retention" in config.mixers else set()
-        is_cache = lambda node: isinstance(node, KVCache)
-        held = [node for node in jax.tree.leaves(cache, is_leaf=is_cache) if is_cache(node)]
-        if held:
-            mask = masks.cached(positions, held[0].k.shape[-3])
         window_mask = None
         if cache is None and "window" in config.mixers:
             window_mask = masks.sliding_window(length, config.window) & mask

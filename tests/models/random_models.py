@@ -3,9 +3,11 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.block_cache import View, with_states
 from models.config import ModelConfig
 from models.transformer import LanguageModel
 
@@ -38,6 +40,39 @@ def forward(model: LanguageModel, ids, **arguments):
     """What a call of the model gives, compiled."""
     graph, params = nnx.split(model)
     return jax.tree.map(np.asarray, _call(graph, params, ids, arguments))
+
+
+def in_blocks(model: LanguageModel, batch: int, length: int, slots: int = 4):
+    """A cache for rows of up to `length` tokens, each stream in blocks of its own.
+
+    Returns:
+      the cache, and a function of the positions `[B, T]` of a pass, and which of its tokens are
+      real, that gives its view.
+    """
+    streams, soft = model.config.streams, model.soft_length
+    count = -(-(soft + length) // slots)
+    blocks = 1 + jnp.arange(batch * streams * count, dtype=jnp.int32)
+    blocks = blocks.reshape(batch, streams, count)
+
+    def places(at):
+        at = jnp.broadcast_to(at[:, None], (batch, streams, at.shape[1]))
+        return jnp.take_along_axis(blocks, at // slots, 2) * slots + at % slots
+
+    def view(positions, real=True):
+        at = soft + positions
+        counts = jnp.clip(at[:, :1] - slots * jnp.arange(count, dtype=jnp.int32), 0, slots)
+        counts = jnp.broadcast_to(counts[:, None], blocks.shape)
+        real = jnp.broadcast_to(real, positions.shape)[:, None]
+        return View(blocks, counts, jnp.where(real, places(at), 0))
+
+    cache = with_states(
+        model.init_blocks(1 + batch * streams * count, slots), model.init_states(batch)
+    )
+    if soft:
+        at = jnp.broadcast_to(jnp.arange(soft, dtype=jnp.int32), (batch, soft))
+        nothing = blocks[..., :0]
+        cache = model.write_soft_tokens(cache, View(nothing, nothing, places(at)))
+    return cache, view
 
 
 def run_streams(model: LanguageModel, ids) -> np.ndarray:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_models import SMALL, forward, make_model, random_ids
+from random_models import SMALL, forward, in_blocks, make_model, random_ids
 
 from models.config import MIXERS
 from parscale import generate
@@ -31,19 +31,28 @@ def decoded_and_full(config) -> tuple[list[np.ndarray], list[np.ndarray]]:
     @jax.jit
     def run(params):
         model = nnx.merge(graph, params)
-        cache = model.init_cache(2, 14)
+        cache, view = in_blocks(model, 2, 14)
         real = (np.arange(9) < LENGTHS[:, None]).astype(np.int32)
-        first, cache = model(prompt[:, :5], segment_ids=real[:, :5], cache=cache)
-        places = jnp.broadcast_to(jnp.arange(5, 9, dtype=jnp.int32), (2, 4))
-        second, cache = model(prompt[:, 5:], positions=places, segment_ids=real[:, 5:], cache=cache)
+        parts = []
+        for part in (slice(5), slice(5, 9)):
+            places = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[part], real[:, part].shape)
+            logits, cache = model(
+                prompt[:, part],
+                positions=places,
+                segment_ids=real[:, part],
+                cache=cache,
+                view=view(places, real[:, part] > 0),
+            )
+            parts.append(logits)
 
         def step(carry, token):
             positions, cache = carry
-            logits, cache = model(token[:, None], positions=positions[:, None], cache=cache)
+            place = positions[:, None]
+            logits, cache = model(token[:, None], positions=place, cache=cache, view=view(place))
             return (positions + 1, cache), logits[:, 0]
 
         _, new = jax.lax.scan(step, (jnp.asarray(LENGTHS), cache), jnp.asarray(rest.T))
-        return jnp.concatenate([first, second], 1), jnp.moveaxis(new, 0, 1), model(rows)
+        return jnp.concatenate(parts, 1), jnp.moveaxis(new, 0, 1), model(rows)
 
     prefilled, new, full = (np.asarray(array) for array in run(params))
     decoded = [

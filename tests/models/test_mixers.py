@@ -46,7 +46,7 @@ def test_the_output_is_that_of_the_published_formulas(name):
 
     places = np.broadcast_to(np.arange(PROMPT, dtype=np.int32), (2, PROMPT))
     real = (places < REAL[:, None]).astype(np.int32)
-    cache = nnx.merge(graph, jax.tree.map(jnp.asarray, weights)).init_cache(CONFIG, 2, 0)
+    cache = nnx.merge(graph, jax.tree.map(jnp.asarray, weights)).init_state(CONFIG, 2)
     y, cache = run(weights, x[:, :, :PROMPT], places, real, cache)
     found = [[*row.swapaxes(0, 1)[:n]] for row, n in zip(np.asarray(y), REAL, strict=True)]
     for step in range(STEPS):

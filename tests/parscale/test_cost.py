@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_flops import dense_attention, paper_model
+from test_flops import paper_model
 
-import models.attention
+from models.block_cache import View
 from models.config import RECURRENT, ModelConfig
 from models.transformer import LanguageModel
 from models.weights import StreamParam, TransformParam
@@ -113,7 +113,9 @@ def test_bytes_are_those_of_live_arrays(streams, changes):
     def build():
         model = LanguageModel(config, rngs=nnx.Rngs(0))
         parts = nnx.state(model, TransformParam, StreamParam, ...)
-        return [nnx.to_pure_dict(part) for part in parts], model.init_cache(3, 7 + 9)
+        # Each stream of a row in one block, and nobody's block left out.
+        blocks = model.init_blocks(3 * streams, model.soft_length + 7 + 9)
+        return [nnx.to_pure_dict(part) for part in parts], (blocks, model.init_states(3))
 
     # Of the variants, the shapes alone: to compute them would take seconds each.
     parts, cache = jax.eval_shape(build) if changes else build()
@@ -146,8 +148,7 @@ def test_a_step_reads_every_weight_once_that_it_uses(streams, changes):
 
 
 @pytest.mark.parametrize(("streams", "transform"), [(1, "prefix"), (4, "prefix"), (4, "low_rank")])
-def test_operations_of_a_step_are_those_that_xla_counts(streams, transform, monkeypatch):
-    monkeypatch.setattr(models.attention, "attention", dense_attention)
+def test_operations_of_a_step_are_those_that_xla_counts(streams, transform):
     config = ModelConfig(
         vocab_size=1024, width=512, layers=2, heads=8, kv_heads=2, mlp_width=1408, streams=streams,
         transform=transform, transform_size=16, layer_loop="unroll",
@@ -156,16 +157,18 @@ def test_operations_of_a_step_are_those_that_xla_counts(streams, transform, monk
 
     def build():
         model = LanguageModel(config, rngs=nnx.Rngs(0)).unstack()
-        return model, model.init_cache(rows, slots)
+        return model, model.init_blocks(1 + rows * streams, slots)
 
     model, cache = nnx.eval_shape(build)
     graph, weights = nnx.split(model)
     ids = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    lists = jax.ShapeDtypeStruct((rows, streams, 1), jnp.int32)
+    view = View(lists, lists, lists)
 
-    def step(weights, ids, positions, cache):
-        return nnx.merge(graph, weights)(ids, positions=positions, cache=cache)
+    def step(weights, ids, positions, cache, view):
+        return nnx.merge(graph, weights)(ids, positions=positions, cache=cache, view=view)
 
-    lowered = jax.jit(step).lower(nnx.to_pure_dict(weights), ids, ids, cache)
+    lowered = jax.jit(step).lower(nnx.to_pure_dict(weights), ids, ids, cache, view)
     counted = lowered.compile().cost_analysis()["flops"]
     # XLA's dense form attends to all slots of the cache.
     work = cost.forward_work(config, rows, 1, slots - 1)
