@@ -15,19 +15,15 @@ with the table of what was finished.
 """
 
 import contextlib
-import csv
 import sys
 
 from absl import flags
 
-from experiments import program
+from experiments import program, tasks
 from sharding.settings import InputError
 
 DEFAULT_MIXERS = ["attention", "retention", "gla", "mlstm_exp", "delta_net", "gated_delta_net"]
-INIT_STD = 0.1
 ROPE_THETA = 1e5
-WEIGHT_DECAY = 0.01
-WARMUP_STEPS = 100
 COLUMNS = (
     "mixer", "seed", "accuracy", "loss", "seconds", "params", "length", "keys", "values", "width",
     "layers", "heads", "key_dim", "mlp_width", "steps", "batch", "learning_rate", "commit",
@@ -40,23 +36,17 @@ flags.DEFINE_list(
     "mixers of all layers, by the names of --config.model.mixers of experiments.train; a+b takes "
     "turns", flag_values=FLAGS,
 )  # fmt: skip
-flags.DEFINE_list("seeds", ["0", "1"], "of the weights and the rows", flag_values=FLAGS)
-flags.DEFINE_string("csv", "", "also write every run to this file", flag_values=FLAGS)
+tasks.define_flags(
+    FLAGS, width=64, layers=2, heads=2, mlp_width=64, steps=1000, batch=8, learning_rate=5e-3
+)
 flags.DEFINE_integer(
     "length", 256, "tokens in a row [T]; an eighth as many pairs are remembered", flag_values=FLAGS
 )
 flags.DEFINE_integer("keys", 128, "keys in the vocabulary", flag_values=FLAGS)
 flags.DEFINE_integer("values", 64, "values in the vocabulary", flag_values=FLAGS)
-flags.DEFINE_integer("width", 64, "width of the residual stream [D]", flag_values=FLAGS)
-flags.DEFINE_integer("layers", 2, "layers [L]", flag_values=FLAGS)
-flags.DEFINE_integer("heads", 2, "heads of every mixer [H]", flag_values=FLAGS)
 flags.DEFINE_integer(
     "key_dim", 64, "head dimension of a recurrent mixer's keys [hk]", flag_values=FLAGS
 )
-flags.DEFINE_integer("mlp_width", 64, "width of the hidden layer [F]", flag_values=FLAGS)
-flags.DEFINE_integer("steps", 1000, "optimizer steps", flag_values=FLAGS)
-flags.DEFINE_integer("batch", 8, "rows in a step [B]", flag_values=FLAGS)
-flags.DEFINE_float("learning_rate", 5e-3, "peak learning rate of AdamW", flag_values=FLAGS)
 flags.DEFINE_integer("test_rows", 128, "rows of the test, rounded to batches", flag_values=FLAGS)
 
 
@@ -64,7 +54,7 @@ def main(options: flags.FlagValues) -> int | None:
     from parscale.recall import Recall
 
     task = Recall(options.length, options.keys, options.values)
-    seeds = _read_seeds(options.seeds)
+    seeds = tasks.read_seeds(options.seeds)
     if not options.mixers:
         raise InputError("--mixers is empty: expected names separated by commas")
     if options.test_rows < options.batch:
@@ -73,7 +63,7 @@ def main(options: flags.FlagValues) -> int | None:
     configs = {
         name: [_config(options, task, name, seed) for seed in seeds] for name in options.mixers
     }
-    file = _open(options.csv) if options.csv else None
+    file = tasks.open_table(options.csv, COLUMNS) if options.csv else None
     from parscale.recall import learn
 
     scores = {name: [] for name in options.mixers}
@@ -89,81 +79,21 @@ def main(options: flags.FlagValues) -> int | None:
             print(f"accuracy {score.accuracy:.2%}", file=sys.stderr, flush=True)
             scores[name].append(score)
             if file:
-                _write(file, name, options, config, score)
+                own = {"mixer": name, "accuracy": f"{score.accuracy:.4f}"}
+                tasks.write_row(file, COLUMNS, options, config, score, **own)
     print(_table(scores, seeds))
     return interruption.exit_code
 
 
 def _config(options: flags.FlagValues, task, name: str, seed: int):
     """The run of one mixer, or several that take turns, and one seed."""
-    from models.config import ModelConfig
-    from parscale.config import Config, DataConfig, TrainConfig
-
+    model = {
+        "mixers": tuple(name.split("+")), "key_dim": options.key_dim, "rope_theta": ROPE_THETA,
+    }  # fmt: skip
     try:
-        model = ModelConfig(
-            vocab_size=task.vocab_size,
-            width=options.width,
-            layers=options.layers,
-            mixers=tuple(name.split("+")),
-            heads=options.heads,
-            kv_heads=options.heads,
-            key_dim=options.key_dim,
-            mlp_width=options.mlp_width,
-            init_std=INIT_STD,
-            rope_theta=ROPE_THETA,
-            max_length=task.length,
-        )
-        train = TrainConfig(
-            steps=options.steps,
-            learning_rate=options.learning_rate,
-            warmup_steps=min(WARMUP_STEPS, options.steps),
-            weight_decay=WEIGHT_DECAY,
-            seed=seed,
-            log_every=200,
-        )
-        return Config(model, data=DataConfig(length=task.length, batch=options.batch), train=train)
+        return tasks.make_config(options, task.vocab_size, task.length, seed, **model)
     except InputError as error:
         raise InputError(f"--mixers={name}: {error}") from None
-
-
-def _read_seeds(words: list[str]) -> list[int]:
-    if not words or not all(word.isdecimal() for word in words) or len({*words}) < len(words):
-        raise InputError(
-            f"--seeds={','.join(words)}: expected different whole numbers separated by commas"
-        )
-    return [int(word) for word in words]
-
-
-def _open(path: str):
-    """A new table of runs with its header."""
-    try:
-        file = open(path, "w", encoding="utf-8", newline="")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"--csv={path}: {error.strerror}") from None
-    csv.writer(file).writerow(COLUMNS)
-    return file
-
-
-def _write(file, name: str, options: flags.FlagValues, config, score) -> None:
-    """Adds a run to the table, where it stays if a later one fails."""
-    import jax
-
-    from parscale import flops, provenance
-
-    row = {name: options[name].value for name in COLUMNS if name in options}
-    row |= {
-        "mixer": name,
-        "seed": config.train.seed,
-        "accuracy": f"{score.accuracy:.4f}",
-        "loss": f"{score.loss:.4f}",
-        "seconds": f"{score.seconds:.0f}",
-        "params": flops.parameter_counts(config.model)["total"],
-        "commit": provenance.commit(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
-    csv.DictWriter(file, COLUMNS).writerow(row)
-    file.flush()
 
 
 def _table(scores: dict, seeds: list[int]) -> str:

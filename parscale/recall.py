@@ -1,21 +1,14 @@
 """Multi-query associative recall (arXiv 2312.04927): the task that tells mixers' memories apart."""
 
 import dataclasses
-import sys
-import time
 from collections.abc import Callable
 from typing import NamedTuple, TextIO
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from parscale import tasks
 from parscale.config import Config
 from parscale.packing import Batch
-from parscale.progress import Progress
-from parscale.training import Training, TrainState
-from sharding.mesh import make_mesh
 from sharding.settings import InputError, check_at_least, option
 
 
@@ -27,7 +20,8 @@ class Recall:
     all pairs three times more, each time in another order. When a key comes again, its value is to
     be predicted. Token ids are the keys, from 0, and then the values.
 
-    A row of the test is one document; a row of training may be several shorter ones (`lesson`).
+    A row of the test is one document; a row of training may be several shorter ones
+    (`tasks.lesson`).
     """
 
     length: int = option(256, "tokens in a row [T]; an eighth as many pairs are to be remembered")
@@ -53,25 +47,6 @@ class Recall:
     def vocab_size(self) -> int:
         """Keys and values [V]."""
         return self.keys + self.values
-
-
-def lesson(task: Recall, step: int, steps: int, random: np.random.Generator) -> int:
-    """How many pairs the documents of a training batch have.
-
-    The sizes are the powers of 2 up to that of the test. They are taken up one after the other over
-    the first half of the steps; every other batch is of the largest so far, the rest of any. From
-    long documents alone attention does not begin to learn for a long time: it has to find the token
-    before a value and to match keys, and neither helps without the other.
-
-    Args:
-      task: the shape of the task.
-      step: steps done before.
-      steps: of the whole run.
-      random: where the choice comes from.
-    """
-    sizes = [1 << power for power in range(task.pairs.bit_length())]
-    sizes = sizes[: 1 + 2 * step * len(sizes) // steps]
-    return sizes[-1] if random.random() < 0.5 else int(random.choice(sizes))
 
 
 class Score(NamedTuple):
@@ -138,42 +113,15 @@ def learn(
     Returns:
       the score, or None if it was stopped.
     """
-    begin = time.monotonic()
-    train, rows = config.train, config.data.batch
-    training = Training(config, make_mesh(config.mesh, jax.devices()[:1]))
-    random = np.random.default_rng([train.seed, 0])
-    state, pending, losses = training.init(), None, []
-    with Progress(train.steps, every=train.log_every, file=log or sys.stderr) as progress:
-        for step in range(1, train.steps + 2):
-            if should_stop():
-                return None
-            # A loss is read one step late, so that the device never waits.
-            done, pending = pending, None
-            if step <= train.steps:
-                batch = draw(task, lesson(task, step - 1, train.steps, random), rows, random)
-                state, pending = training.step(state, batch)
-            if done is not None:
-                losses.append(float(done["loss"]))
-                progress.update(step - 1, losses[-1], rows * task.length)
-    seconds = time.monotonic() - begin
-    random = np.random.default_rng([train.seed, 1])
+    rows = config.data.batch
+
+    def draw_step(step: int, random: np.random.Generator) -> Batch:
+        pairs = tasks.lesson(task.pairs, step, config.train.steps, random)
+        return draw(task, pairs, rows, random)
+
+    run = tasks.train(config, draw_step, should_stop=should_stop, log=log)
+    if run is None:
+        return None
+    random = np.random.default_rng([config.train.seed, 1])
     tests = (draw(task, task.pairs, rows, random) for _ in range(test_rows // rows))
-    return Score(accuracy(training, state, tests), float(np.mean(losses[-100:])), seconds)
-
-
-def accuracy(training: Training, state: TrainState, batches) -> float:
-    """Share of the targets, where `mask` is 1, that are the model's first choice."""
-
-    @jax.jit
-    def right(trainable, frozen, batch):
-        model = nnx.merge(training.graph, trainable, frozen)
-        x, _ = model.run_streams(
-            batch["ids"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-        )
-        chosen = jnp.argmax(model.logits(model.mix(x)), -1)
-        return jnp.sum((chosen == batch["targets"]) * batch["mask"]), jnp.sum(batch["mask"])
-
-    with jax.set_mesh(training.mesh):
-        counts = [right(state.trainable, state.frozen, training.put(batch)) for batch in batches]
-    found, asked = np.sum(counts, 0)
-    return float(found / asked)
+    return Score(tasks.accuracy(run.training, run.state, tests), run.loss, run.seconds)

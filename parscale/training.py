@@ -15,6 +15,7 @@ from models.growth import begin_from
 from models.transformer import LanguageModel
 from models.trees import merge, select
 from models.weights import StreamParam, TransformParam, abstract_weights, map_weights
+from pallas_kernels.masks import Mask
 from parscale.config import Config
 from parscale.loss import token_losses
 from parscale.optimizer import learning_rate, make_optimizer
@@ -35,8 +36,22 @@ BATCH = {
 }  # fmt: skip
 """The arrays `[B, T]` of a batch that the step reads."""
 
+FORKS = ("runs", "branches")
+"""And those that it reads where texts fork and join (`models.segments`), if they are there."""
+
 Batch = dict[str, Array]
 Params = dict[str, Any]
+
+
+def where(batch: Batch) -> dict[str, Any]:
+    """Of a batch what a model is told besides token ids: positions, and who sees whom."""
+    runs = batch.get("runs")
+    return {
+        "positions": batch["positions"],
+        "segment_ids": batch["segment_ids"],
+        "mask": None if runs is None else Mask(runs, causal=True, queries=runs.shape[-1]),
+        "branches": batch.get("branches"),
+    }
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +129,9 @@ class Training:
         Args:
           state: where the run stands.
           batch: arrays `[B, T]`: int32 `ids`, `targets`, `segment_ids`, `positions`, and float32
-            `mask`, the weight of each target.
+            `mask`, the weight of each target. Of texts that fork and join also int32 `runs`
+            `[B, R, 2, T]`, up to the causal order who sees each token (`masks.Mask`), in place of
+            `segment_ids`; and, if the model marks branches, `branches` `[B, T]`.
 
         Returns:
           the new state and metrics (`loss` in nats per token, `grad_norm`, `learning_rate`,
@@ -140,8 +157,9 @@ class Training:
     def put(self, batch: Batch) -> Batch:
         """The arrays of a host's batch that the step reads, on the mesh."""
         sharding = rules.named_sharding(self.mesh, "batch", None)
+        names = [*BATCH, *(name for name in FORKS if name in batch)]
         return {
-            name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in BATCH
+            name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in names
         }
 
     def _check_batch(self) -> None:
@@ -213,9 +231,7 @@ class Training:
         model = nnx.merge(self.graph, trainable, frozen)
         mesh = self.config.mesh
         with sequence.using(mesh.sequence_attention, mesh.sequence_state):
-            x, _ = model.run_streams(
-                batch["ids"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-            )
+            x, _ = model.run_streams(batch["ids"], **where(batch))
         with jax.named_scope("loss"):
             losses = token_losses(
                 model.mix(x), model.head_weight(), batch["targets"], self.config.train.loss_chunk

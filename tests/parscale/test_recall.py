@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from models.config import ModelConfig
-from parscale import recall
+from parscale import recall, tasks
 from parscale.config import Config, DataConfig, TrainConfig
 from parscale.recall import Recall
 from parscale.training import Training
@@ -50,8 +50,8 @@ def test_rows(pairs):
 
 
 def test_lessons_go_from_easy_to_hard():
-    task, random = Recall(length=64, keys=8, values=2), np.random.default_rng(0)
-    drawn = [recall.lesson(task, step, 800, random) for step in range(800)]
+    random = np.random.default_rng(0)
+    drawn = [tasks.lesson(8, step, 800, random) for step in range(800)]
     # Sizes 1, 2, 4, 8, a new one after each eighth of the steps.
     for part, known in enumerate(([1], [1, 2], [1, 2, 4], [1, 2, 4, 8], *[[1, 2, 4, 8]] * 4)):
         of_part = drawn[100 * part : 100 * part + 100]
@@ -107,7 +107,7 @@ def test_accuracy():
             right += np.sum(best[places] == batch["targets"][places])
             asked += np.sum(places)
     assert 0 < right < asked
-    assert recall.accuracy(training, state, batches) == pytest.approx(right / asked)
+    assert tasks.accuracy(training, state, batches) == pytest.approx(right / asked)
 
 
 @pytest.mark.slow
