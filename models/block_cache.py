@@ -185,8 +185,9 @@ def _attend(rope_theta, q, k, v, kept, pool, view, mask, prefix):
     if length == 1:
         visible |= view.blocks[..., None] * slots + slot == view.places[..., None]
     visible = visible.reshape(batch, streams, seen * slots)
-    # What nobody sees may be of another text, or of none: a weight of 0 does not undo a NaN.
-    values = jnp.where(visible[..., None, None], values, 0)
+    # What is not seen may be of another text, or of none: a weight of 0 does not undo a NaN. The
+    # keys need it not, but XLA on CPU takes less time to choose than to copy blocks as they are.
+    keys, values = (jnp.where(visible[..., None, None], x, 0) for x in (keys, values))
     if length == 1 and view.parts is None:
         return _attend_one(q, keys, values, visible, prefix), pool
     runs = one_run(jnp.zeros_like(visible, jnp.int32), jnp.where(visible, length, 0))
@@ -244,7 +245,8 @@ def _attend_one(q, keys, values, visible, prefix):
     kv_heads = keys.shape[-2]
     q = q.reshape(batch, streams, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
     wide = {"preferred_element_type": jnp.promote_types(q.dtype, jnp.float32)}
-    scores = jnp.einsum("bpkgh,bpskh->bpkgs", q, keys, **wide)
+    # The keys on the left: on the right XLA on CPU would transpose a copy of them.
+    scores = jnp.swapaxes(jnp.einsum("bpskh,bpkgh->bpksg", keys, q, **wide), -1, -2)
     scores = jnp.where(visible[:, :, None, None], scores, -jnp.inf)
     if prefix is not None:
         of_prefix = jnp.einsum("bpkgh,pkmh->bpkgm", q, prefix[0], **wide)

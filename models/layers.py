@@ -1,5 +1,7 @@
 """The parts of a Qwen2-family decoder layer that mix channels, not positions."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +11,9 @@ from models.config import ModelConfig
 from models.weights import WeightMaker, ones
 from sharding import rules
 
+FEW_TOKENS = 128
+"""Up to which weights are not joined: to copy them takes as long as the products."""
+
 
 def project(x: Float[Array, "... D"], *weights: Array) -> list[Array]:
     """Products of `x` with weights `[D, *out]`, each `[..., *out]`, in the type of `x`.
@@ -17,6 +22,8 @@ def project(x: Float[Array, "... D"], *weights: Array) -> list[Array]:
     more than two dimensions costs XLA on CPU a transposed copy for every weight gradient. On a mesh
     flattening would move data between devices, so there the axes stay.
     """
+    if len(weights) > 1 and math.prod(x.shape[:-1]) <= FEW_TOKENS:
+        return [project(x, weight)[0] for weight in weights]
     weights = [weight.astype(x.dtype) for weight in weights]
     if rules.is_sharded():
         return [jnp.tensordot(x, weight, 1) for weight in weights]
