@@ -1,7 +1,6 @@
 """What the engine's passes are made of: rows as arrays, for the models of one number of streams."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.block_cache import View, with_states, without_states
+from models.block_cache import View
 from models.growth import first_stream
 from models.transformer import LanguageModel
 from parscale import engine_steps
@@ -23,8 +22,9 @@ from sharding import rules
 if TYPE_CHECKING:
     from parscale.engine_jobs import Job
 
-FEWEST = 8
-"""Blocks of a view are counted up to a power of 2 from here."""
+# What steps are compiled for are numbers up to a power of 2 from these on: rows (when writing, a
+# power of 4), tokens of a row (or a single one), blocks of a view (or none), ends of a row, parts.
+FEWEST_ROWS, FEWEST_TOKENS, FEWEST_BLOCKS, FEWEST_ENDS, FEWEST_PARTS = 1, 16, 8, 4, 2
 
 
 @dataclasses.dataclass
@@ -52,15 +52,16 @@ class Group:
         self.memory, self.slots = memory, slots
         unrolled = jax.default_backend() == "cpu" and model.config.layer_loop != "scan"
         self.model = model.unstack() if unrolled else model
-        graph, params = nnx.split(self.model)
-        self._steps = {False: _Compiled(graph, nnx.to_pure_dict(params))}
+        self._whole = _split(self.model)
+        self._first_stream: tuple | None = None
         self._row_parts = rules.parts("batch")
         self._stream_parts = rules.parts("streams")
         self._rows: list[Job | None] = [None] * rows
         self.rows_of_part = rows // self._row_parts
         self.soft_entries: list[list[Entry]] = [[] for _ in range(self._row_parts)]
-        self.first_states = _states(self.model, 1)
-        self._states = _states(self.model, rows)
+        self.first_states = engine_steps.new_states(*self._whole, 1)
+        self._states = engine_steps.new_states(*self._whole, rows)
+        self._axis = self.model.state_axis
         self._has_states = bool(jax.tree.leaves(self._states))
         self.has_blocks = "attention" in self.config.mixers
 
@@ -73,14 +74,7 @@ class Group:
     def new_pools(self, blocks: int) -> tuple:
         """A cache of so many blocks, with nothing in them."""
 
-        @jax.jit
-        def make():
-            pools = self.model.init_blocks(blocks, self.slots)
-            axes = ("blocks", None, "kv_heads", None)
-            place = lambda x: rules.constrain(x, *(None,) * (x.ndim - 4), *axes)
-            return jax.tree.map(place, pools)
-
-        return make()
+        return engine_steps.new_pools(*self._whole, blocks, self.slots)
 
     def begin(self, pools: tuple) -> tuple:
         """The cache with what every branch begins with: the soft tokens of the streams."""
@@ -101,16 +95,9 @@ class Group:
             places = (places + place % self.slots).astype(np.int32)
         nothing = np.zeros((*shape, 0), np.int32)
         view = View(nothing, nothing, places)
-        states = _states(self.model, self._row_parts)
-        compiled = self._steps[False]
-
-        @functools.partial(jax.jit, donate_argnums=1)
-        def write(params, pools, states):
-            model = nnx.merge(compiled.graph, params)
-            return without_states(model.write_soft_tokens(with_states(pools, states), view))
-
-        pools, states = write(compiled.params, pools, states)
-        self.first_states = engine_steps.take_state(states, np.int32(0), self.model.state_axis)
+        states = engine_steps.new_states(*self._whole, self._row_parts)
+        pools, states = engine_steps.write_soft_tokens(*self._whole, pools, states, view)
+        self.first_states = engine_steps.take_states(states, 0, 1, self._axis)
         return pools
 
     def free_rows(self, part: int) -> list[int]:
@@ -123,22 +110,18 @@ class Group:
         """Gives a job a row to generate in."""
         self._rows[row], job.row = job, row
         if self._has_states:
-            self._states = engine_steps.put_state(
-                self._states, np.int32(row), job.branch.states, self.model.state_axis
-            )
+            self._states = engine_steps.put_states(self._states, row, job.branch.states, self._axis)
 
     def unseat(self, job: "Job") -> None:
         """Takes a job's row back; its branch keeps what the row remembers."""
         if self._has_states:
-            job.branch.states = engine_steps.take_state(
-                self._states, np.int32(job.row), self.model.state_axis
-            )
+            job.branch.states = engine_steps.take_states(self._states, job.row, 1, self._axis)
         self._rows[job.row], job.row = None, None
 
     def shape(self, job: "Job", limit: int) -> tuple[int, bool]:
         """What jobs that are written in one pass have in common: tokens, and who computes them."""
         length = min(job.left, limit)
-        return 1 if length == 1 else rounded(length, 16), job.write.shared
+        return 1 if length == 1 else rounded(length, FEWEST_TOKENS), job.write.shared
 
     def write(self, pools: tuple, jobs: "Sequence[Job]", limit: int) -> tuple:
         """Writes what one pass takes of jobs of one shape.
@@ -153,7 +136,7 @@ class Group:
             part = by_part[job.active.row_part]
             if len(part) < most:
                 part.append(job)
-        size = rounded(max(map(len, by_part)), 1, 4)
+        size = rounded(max(map(len, by_part)), FEWEST_ROWS, 4)
         rows = [job for part in by_part for job in (*part, *[None] * (size - len(part)))]
         taking = [job for job in rows if job]
         counts = {job: min(job.left, limit) for job in taking}
@@ -197,17 +180,15 @@ class Group:
         if not any(job.most and job.left == counts[job] for job in taking):
             method = "greedy"
         states = self._gather_states(rows)
-        compiled = self._compiled(shared)
-        new, pools, states = compiled.write(pools, states, tokens, seen, choice, method)
+        model = self._first if shared else self._whole
+        new, pools, states = engine_steps.write(*model, pools, states, tokens, seen, choice, method)
         new, done = np.asarray(new), []
         for row, job in enumerate(rows):
             if job is None:
                 continue
             job.text = job.text[:, counts[job] :]
             if self._has_states:
-                job.branch.states = engine_steps.take_state(
-                    states, np.int32(row), self.model.state_axis
-                )
+                job.branch.states = engine_steps.take_states(states, row, 1, self._axis)
             done.append((job, int(new[row])))
         return pools, done
 
@@ -219,7 +200,7 @@ class Group:
         """
         batch = len(self._rows)
         if self._row_parts == 1:
-            batch = min(batch, rounded(max(job.row for job in jobs) + 1, 1))
+            batch = min(batch, rounded(max(job.row for job in jobs) + 1, FEWEST_ROWS))
         streams = self.config.streams
         rows: list[Job | None] = [None] * batch
         for job in jobs:
@@ -234,7 +215,7 @@ class Group:
         # A row may stop at a token that could end a run, and go on if it does not.
         ends = {job: sorted({end[-1] for end in job.write.until}) for job in jobs}
         widest = max(map(len, ends.values()))
-        until = np.full((batch, widest and rounded(widest, 1)), NO_TOKEN, np.int32)
+        until = np.full((batch, rounded(widest, FEWEST_ENDS)), NO_TOKEN, np.int32)
         races, first_of = np.arange(batch, dtype=np.int32), {}
         for job in jobs:
             row, text = job.row, texts[job.row]
@@ -250,18 +231,19 @@ class Group:
             keys if (keys != positions).any() else None,
             marks if self.config.branches else None,
             tail, filled, self._nobodys(batch, streams), most, until,
-            races if first_of else None,
+            races,
         )  # fmt: skip
         seen = self._seen(texts, rows, streams)
         choice, method = as_arrays([_sampling(job) for job in rows], batch)
-        compiled, axis = self._compiled(False), self.model.state_axis
-        states = self._states
-        if self._has_states and batch < len(self._rows):
-            states = _head(states, batch, axis)
-        new, pools, states = compiled.generate(pools, states, values, seen, choice, steps, method)
-        if self._has_states:
-            whole = batch == len(self._rows)
-            self._states = states if whole else _put_head(self._states, states, axis)
+        states, some = self._states, self._has_states and batch < len(self._rows)
+        if some:
+            states = engine_steps.take_states(states, 0, batch, self._axis)
+        new, pools, states = engine_steps.generate(
+            *self._whole, pools, states, values, seen, choice, steps, method
+        )
+        self._states = (
+            engine_steps.put_states(self._states, 0, states, self._axis) if some else states
+        )
         new, results = np.asarray(new), []
         for job in jobs:
             tokens = [int(token) for token in new[job.row] if token != NO_TOKEN]
@@ -315,7 +297,7 @@ class Group:
     ) -> Seen:
         batch = len(texts)
         most = max(len(text.entries) for text in texts if text)
-        most = rounded(most, FEWEST) if most else 0
+        most = rounded(most, FEWEST_BLOCKS) if most else 0
         blocks = np.repeat(self._nobodys(batch, streams)[..., None], most, -1)
         counts, shifts, parts = (np.zeros((batch, most), np.int32) for _ in range(3))
         for row, text in enumerate(texts):
@@ -329,7 +311,7 @@ class Group:
         shifts = shifts if shifts.any() else None
         if not parts.any():
             return Seen(blocks, counts, shifts)
-        width = rounded(1 + int(parts.max()), 2)
+        width = rounded(1 + int(parts.max()), FEWEST_PARTS)
         values = []
         for name in ("temperatures", "factors"):
             value = np.ones((batch, width), np.float32)
@@ -345,32 +327,19 @@ class Group:
         parts = [self.stream_parts(row // size)[:streams] for row in range(batch)]
         return np.vectorize(self.memory.nobodys, otypes=[np.int32])(np.array(parts))
 
-    def _compiled(self, shared: bool) -> "_Compiled":
-        if shared not in self._steps:
-            graph, params = nnx.split(first_stream(self.model))
-            self._steps[shared] = _Compiled(graph, nnx.to_pure_dict(params))
-        return self._steps[shared]
+    @property
+    def _first(self) -> tuple[nnx.GraphDef, Any]:
+        """The graph and the weights of what computes the first stream alone."""
+        if self._first_stream is None:
+            self._first_stream = _split(first_stream(self.model))
+        return self._first_stream
 
     def _gather_states(self, rows: "Sequence[Job | None]") -> tuple:
         """The states of the branches of rows."""
         if not self._has_states:
             return self._states
         every = [self.first_states if job is None else job.branch.states for job in rows]
-        axis = self.model.state_axis
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis), *every)
-
-
-class _Compiled:
-    """The steps of one model with its weights."""
-
-    def __init__(self, graph: nnx.GraphDef, params: Any):
-        self.graph, self.params = graph, params
-
-    def write(self, *arguments):
-        return engine_steps.write(self.graph, self.params, *arguments)
-
-    def generate(self, *arguments):
-        return engine_steps.generate(self.graph, self.params, *arguments)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts, self._axis), *every)
 
 
 def rounded(count: int, least: int, factor: int = 2) -> int:
@@ -381,18 +350,9 @@ def rounded(count: int, least: int, factor: int = 2) -> int:
     return size
 
 
-def _states(model: LanguageModel, rows: int) -> tuple:
-    return jax.jit(lambda: model.init_states(rows))()
-
-
-def _head(states: tuple, rows: int, axis: int) -> tuple:
-    return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, rows, axis=axis), states)
-
-
-@functools.partial(jax.jit, static_argnames="axis", donate_argnames="states")
-def _put_head(states: tuple, head: tuple, axis: int) -> tuple:
-    put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, 0, axis)
-    return jax.tree.map(put, states, head)
+def _split(model: LanguageModel) -> tuple[nnx.GraphDef, Any]:
+    graph, params = nnx.split(model)
+    return graph, nnx.to_pure_dict(params)
 
 
 def _moved(entry: Entry, by: int) -> Entry:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from models.block_cache import Parts, View, with_states, without_states
 from parscale.sampling import Choice, choose
+from sharding import rules
 
 NO_TOKEN = -1
 
@@ -199,14 +200,37 @@ def _along(rows: Array, x: Array, axis: int) -> Array:
     return rows.reshape(*[1] * axis, -1, *[1] * (x.ndim - axis - 1))
 
 
+@functools.partial(jax.jit, static_argnames=("graph", "blocks", "slots"))
+def new_pools(graph: nnx.GraphDef, params: Any, blocks: int, slots: int) -> tuple:
+    """A cache of `blocks` blocks, which lie over the devices of rows and streams."""
+    pools = nnx.merge(graph, params).init_blocks(blocks, slots)
+    axes = ("blocks", None, "kv_heads", None)
+    return jax.tree.map(lambda x: rules.constrain(x, *(None,) * (x.ndim - 4), *axes), pools)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "rows"))
+def new_states(graph: nnx.GraphDef, params: Any, rows: int) -> tuple:
+    """What rows remember before any token."""
+    return nnx.merge(graph, params).init_states(rows)
+
+
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="pools")
+def write_soft_tokens(
+    graph: nnx.GraphDef, params: Any, pools: tuple, states: tuple, view: View
+) -> tuple[tuple, tuple]:
+    """The pools and the states after the soft tokens."""
+    model = nnx.merge(graph, params)
+    return without_states(model.write_soft_tokens(with_states(pools, states), view))
+
+
 @functools.partial(jax.jit, static_argnames="axis", donate_argnames="states")
-def put_state(states: tuple, row: Int[Array, ""], one: tuple, axis: int) -> tuple:
-    """The states of rows, those of `row` being `one`, which has one row."""
+def put_states(states: tuple, row: Int[Array, ""], some: tuple, axis: int) -> tuple:
+    """The states of rows, those from `row` on being `some`."""
     put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), row, axis)
-    return jax.tree.map(put, states, one)
+    return jax.tree.map(put, states, some)
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def take_state(states: tuple, row: Int[Array, ""], axis: int) -> tuple:
-    """The states of one row."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis), states)
+@functools.partial(jax.jit, static_argnames=("count", "axis"))
+def take_states(states: tuple, row: Int[Array, ""], count: int, axis: int) -> tuple:
+    """The states of `count` rows from `row` on."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, count, axis), states)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from models.config import ModelConfig
 from models.segments import Layout
 from models.transformer import LanguageModel
+from parscale import engine_rows
 
 SMALL = ModelConfig(
     vocab_size=31, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, tied_embeddings=False,
@@ -78,3 +79,10 @@ def check_best(logits: Float[np.ndarray, "T V"], tokens) -> None:
 @functools.partial(jax.jit, static_argnames="graph")
 def _call(graph, params, ids, arguments):
     return nnx.merge(graph, params)(ids, **arguments)
+
+
+def use_few_shapes(monkeypatch) -> None:
+    """Has the engine compile its steps for few numbers of rows, tokens and blocks."""
+    monkeypatch.setattr(engine_rows, "FEWEST_ROWS", 4)
+    monkeypatch.setattr(engine_rows, "FEWEST_TOKENS", 32)
+    monkeypatch.setattr(engine_rows, "FEWEST_BLOCKS", 32)

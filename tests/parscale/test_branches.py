@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from engine_models import SMALL, check_best, check_greedy, logits_of, make_model
+from engine_models import SMALL, check_best, check_greedy, logits_of, make_model, use_few_shapes
 
 from models.segments import Segment, lay_out
 from parscale.branches import Race, join
@@ -12,6 +12,14 @@ from parscale.engine import Engine, Request
 from sharding.settings import InputError
 
 pytestmark = pytest.mark.usefixtures("little_optimization")
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(request, monkeypatch):
+    """Default tests spend most of their time on compiling."""
+    if request.node.get_closest_marker("slow") is None:
+        use_few_shapes(monkeypatch)
+
 
 ROW = 160  # tokens of a whole text at most
 
@@ -108,7 +116,7 @@ def check_text(model, pieces: list[Piece], tokens: dict[int, list[int]]) -> None
 def write_texts(model, count: int, seed: int, *, depth: int = 3, **engine) -> Engine:
     rng = np.random.default_rng(seed)
     writers = [Writer(random_text(rng, 31, depth), rng) for _ in range(count)]
-    engine = Engine(model, **{"cache_tokens": 4096, "slots": 8, "rows": 4} | engine)
+    engine = Engine(model, **{"cache_tokens": 2048, "rows": 4} | engine)
     numbers = [engine.submit(Request([1], 1, layout=writer)) for writer in writers]
     results = engine.run()
     for number, writer in zip(numbers, writers, strict=True):
@@ -120,7 +128,7 @@ def write_texts(model, count: int, seed: int, *, depth: int = 3, **engine) -> En
 
 
 def test_random_texts_that_fork_and_join():
-    write_texts(make_model(dataclasses.replace(SMALL, branches=3)), 4, 0)
+    write_texts(make_model(dataclasses.replace(SMALL, branches=3)), 8, 0)
 
 
 @pytest.mark.slow
@@ -128,12 +136,12 @@ def test_random_texts_that_fork_and_join():
 @pytest.mark.parametrize("transform", ["prefix", "soft_tokens", "low_rank", "bias"])
 def test_random_texts_of_every_transform(transform, seed):
     config = dataclasses.replace(SMALL, transform=transform, layer_loop=("scan", "auto")[seed % 2])
-    write_texts(make_model(config), 12, seed, rows=3, burst=seed)
+    write_texts(make_model(config), 12, seed, rows=3, burst=seed, slots=4 * seed)
 
 
 @pytest.mark.slow
 def test_random_texts_in_a_cache_that_is_too_small_for_them_together():
-    engine = write_texts(make_model(), 12, 7, cache_tokens=1000)
+    engine = write_texts(make_model(), 12, 7, cache_tokens=1000, slots=4)
     assert engine.idle
 
 
@@ -143,7 +151,7 @@ ALONE = dataclasses.replace(SMALL, streams=1)
 
 def run(script, model=None, **engine):
     """The result of a script, and its engine."""
-    engine = Engine(model or make_model(ALONE), **{"cache_tokens": 2048, "rows": 4} | engine)
+    engine = Engine(model or make_model(ALONE), **{"cache_tokens": 512, "rows": 4} | engine)
     number = engine.submit(Request([1], 1, layout=script))
     result = engine.run()[number]
     assert engine.memory.held == engine.memory.promised == 0
@@ -276,7 +284,7 @@ def test_workers_that_see_each_other_against_numpy():
     def beside(root, request):
         yield [root.write([3] * 20, 40)]
 
-    engine = Engine(model, cache_tokens=2048, rows=4)
+    engine = Engine(model, cache_tokens=512, rows=4)
     numbers = [engine.submit(Request([1], 1, layout=layout)) for layout in (beside, script)]
     results = engine.run()
     assert all(results[number].error is None for number in numbers)

@@ -6,7 +6,7 @@ import gc
 import jax
 import numpy as np
 import pytest
-from engine_models import SMALL, check_greedy, make_model
+from engine_models import SMALL, check_best, check_greedy, logits_of, make_model, use_few_shapes
 
 from models.config import MIXERS
 from models.growth import first_stream
@@ -18,12 +18,22 @@ from sharding.settings import InputError
 
 pytestmark = pytest.mark.usefixtures("little_optimization")
 
+
+@pytest.fixture(autouse=True)
+def few_shapes(request, monkeypatch):
+    """Default tests spend most of their time on compiling."""
+    if request.node.get_closest_marker("slow") is None:
+        use_few_shapes(monkeypatch)
+
+
 ALONE = dataclasses.replace(SMALL, streams=1)
+# All but those of one test have a cache of this size, which steps are compiled for.
+SIZES = {"cache_tokens": 512, "rows": 4}
 WAYS = (
     Sampling(temperature=0.0),
-    Sampling(temperature=1.0, seed=5),
     Sampling(temperature=0.7, top_k=5, seed=6, index=3),
     Sampling(temperature=1.3, top_p=0.8, seed=2**32 - 1),
+    Sampling(temperature=1.0, seed=5),
 )
 
 
@@ -93,14 +103,11 @@ def check_mixed(models, requests, *, length: int, alone: dict, together: list[di
 
 def test_mixed_requests_write_what_each_writes_alone():
     models = family(1, 2)
-    requests = random_requests(np.random.default_rng(0), 12, (1, 2), 40, 20)
-    check_mixed(
-        models,
-        requests,
-        length=64,
-        alone={"cache_tokens": 1024, "rows": 1},
-        together=[{"cache_tokens": 192, "rows": 2, "burst": 3}],
-    )
+    requests = random_requests(np.random.default_rng(0), 16, (1, 2), 32, 40)
+    for number, request in enumerate(requests):
+        if request.sampling == WAYS[3]:
+            requests[number] = dataclasses.replace(request, sampling=WAYS[0])
+    check_mixed(models, requests, length=72, alone=SIZES, together=[SIZES | {"rows": 2}])
 
 
 @pytest.mark.slow
@@ -122,55 +129,45 @@ def test_mixed_requests_of_up_to_2000_tokens():
     )
 
 
-def continue_twice(root, request):
-    """Two forks of a text go on, each on its own."""
-    yield [root.write(request.prompt, 4)]
-    first, second = root.fork(2)
-    yield [first.write([7], 6), second.write([8, 9], 3)]
-    yield [first.write([5, 6], 2), second.write((), 4)]
-    return [*root.new, 7, *first.new]  # of the last write alone
-
-
-def check_forks(config, count: int = 2, **engine) -> None:
-    """Forks of a text write what the forward pass says, whatever the mixers."""
-    model = make_model(config)
-    written = {}
+def write_forks(model, count: int = 2, **engine) -> list[tuple[list[int], list[int]]]:
+    """Lines of texts that fork in two, and of each the places of tokens that were given."""
+    lines = {}
 
     def script(root, request):
-        name = request.prompt[0]
-        lines = written[name] = [list(request.prompt), None, None]
         yield [root.write(request.prompt, 4)]
-        lines[0] += root.new
+        size, line = len(request.prompt), [*request.prompt, *root.new]
         paths = root.fork(2)
         yield [paths[0].write([7], 6), paths[1].write([8, 9], 3)]
-        lines[1], lines[2] = [[*lines[0], 7, *paths[0].new], [*lines[0], 8, 9, *paths[1].new]]
+        first, second = [*line, 7, *paths[0].new, 5, 6], [*line, 8, 9, *paths[1].new]
         yield [paths[0].write([5, 6], 2), paths[1].write((), 4)]
-        lines[1] += [5, 6, *paths[0].new]
-        lines[2] += paths[1].new
+        given = [*range(size), size + 4]
+        lines[size, 0] = [*first, *paths[0].new], [*given, size + 11, size + 12]
+        lines[size, 1] = [*second, *paths[1].new], [*given, size + 5]
 
-    engine = Engine(model, **{"cache_tokens": 1024, "rows": 4} | engine)
-    prompts = [[number, *range(10, 10 + 6 * number)] for number in range(count)]
+    engine = Engine(model, **SIZES | engine)
+    prompts = [range(10, 11 + 6 * number) for number in range(count)]
     numbers = [engine.submit(Request(prompt, 1, layout=script)) for prompt in prompts]
     results = engine.run()
-    for number, prompt in zip(numbers, prompts, strict=True):
+    for number in numbers:
         assert results[number].error is None, results[number].error
-        size = len(prompt)
-        _, first, second = written[prompt[0]]
-        for line, forced in (
-            (first, (size + 4, size + 11, size + 12)),
-            (second, (size + 4, size + 5)),
-        ):
-            check_line(model, line, size, forced)
+        assert results[number].ledger.longest == 4 + 6 + 2
+        assert results[number].ledger.generated == 4 + 6 + 3 + 2 + 4
     assert engine.memory.held == engine.memory.promised == 0
+    assert len(lines) == 2 * count
+    return list(lines.values())
 
 
-def check_line(model, line, start, forced) -> None:
-    """Tokens of a line from `start` on, but those `forced`, are the most likely ones."""
-    from engine_models import check_best, logits_of
+def check_lines(model, lines) -> None:
+    """All tokens but those that were given are the most likely ones."""
+    for line, given in lines:
+        logits = logits_of(model, line, 40)
+        places = np.array([place for place in range(len(line)) if place not in given])
+        check_best(logits[places - 1], np.array(line)[places])
 
-    logits = logits_of(model, line, 40)
-    places = [place for place in range(start, len(line)) if place not in forced]
-    check_best(logits[[place - 1 for place in places]], [line[place] for place in places])
+
+def check_forks(config) -> None:
+    model = make_model(config)
+    check_lines(model, write_forks(model))
 
 
 slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
@@ -206,7 +203,7 @@ def test_forks_of_every_mixer(mixers, layer_loop):
     config = dataclasses.replace(
         SMALL, mixers=mixers, layers=layers, window=4, key_dim=6, layer_loop=layer_loop
     )
-    check_forks(config, rows=3)
+    check_forks(config)
 
 
 @pytest.mark.slow
@@ -233,17 +230,12 @@ def test_forks_hold_one_copy_of_what_they_share():
         held.append(engine.memory.held)
         whole.drop()
         held.append(engine.memory.held)
-        yield [engine_branch.write([2]) for engine_branch in [root.owner.new_branch()]]
 
-    engine = Engine(make_model(ALONE), cache_tokens=512, rows=8, burst=2)
-    number = engine.submit(Request(range(16, 16 + 8), 1, layout=lambda r, q: long(script, r, q)))
-
-    def long(script, root, request):
-        yield from script(root, dataclasses.replace(request, prompt=[3] * 160))
-
+    engine = Engine(make_model(ALONE), **SIZES)
+    number = engine.submit(Request([3] * 96, 1, layout=script))
     assert engine.run()[number].error is None
-    # Ten blocks of 16 tokens; then one more for each branch.
-    assert held == [10, 15, 16, 16, 0]
+    # Six blocks of 16 tokens; then one more for each branch.
+    assert held == [6, 11, 12, 12, 0]
 
 
 def test_a_shared_prompt_is_the_first_streams_and_takes_its_memory_alone():
@@ -261,7 +253,7 @@ def test_a_shared_prompt_is_the_first_streams_and_takes_its_memory_alone():
         return root.new
 
     alone = first_stream(model)
-    engines = {tokens: Engine(m, cache_tokens=512) for tokens, m in ((2, model), (3, alone))}
+    engines = {tokens: Engine(m, **SIZES) for tokens, m in ((2, model), (3, alone))}
     results = []
     for tokens, engine in engines.items():
         number = engine.submit(Request([1], tokens, layout=script))
@@ -279,8 +271,8 @@ def test_a_shared_prompt_is_the_first_streams_and_takes_its_memory_alone():
 
 
 def test_cancelled_requests_free_what_they_hold():
-    engine = Engine(make_model(ALONE), cache_tokens=160, rows=2, burst=2)
-    numbers = [engine.submit(Request([1, 2, 3], 30)) for _ in range(6)]
+    engine = Engine(make_model(ALONE), **SIZES)
+    numbers = [engine.submit(Request([1, 2, 3], 100)) for _ in range(6)]
     for _ in range(3):
         engine.step()
     assert engine.memory.held
@@ -290,7 +282,7 @@ def test_cancelled_requests_free_what_they_hold():
     assert sorted(results) == numbers[1:5]
     assert len({tuple(result.tokens) for result in results.values()}) == 1
     for _ in range(2):
-        engine.submit(Request([1, 2, 3], 30))
+        engine.submit(Request([1, 2, 3], 100))
         engine.step()
     for number in (6, 7):
         engine.cancel(number)
@@ -301,17 +293,16 @@ def test_cancelled_requests_free_what_they_hold():
 def test_requests_that_ask_for_more_than_is_left_begin_again():
     def script(root, request):
         yield [root.write(request.prompt)]
-        forks = root.fork(4)
+        forks = root.fork(7)
         yield [fork.write([n], 20) for n, fork in enumerate(forks)]
         whole = join(forks)
         yield [whole.write([1], 5)]
         return [token for branch in (*forks, whole) for token in branch.new]
 
-    requests = [
-        Request([n, 1], 2, Sampling(seed=n, temperature=1.0), layout=script) for n in range(5)
-    ]
-    expected = write_alone(make_model(ALONE), requests, cache_tokens=4096, rows=4)
-    engine = Engine(make_model(ALONE), cache_tokens=16 * 13, rows=12, burst=4)
+    requests = [Request([n, 1], 2, layout=script) for n in range(5)]
+    expected = write_alone(make_model(ALONE), requests, **SIZES)
+    engine = Engine(make_model(ALONE), **SIZES | {"rows": 16})
+    began = []
     numbers = [engine.submit(request) for request in requests]
     told, results, most = {}, {}, 0
     while not engine.idle:
@@ -320,22 +311,24 @@ def test_requests_that_ask_for_more_than_is_left_begin_again():
             if event.result is not None:
                 results[event.request] = event.result
         most = max(most, engine.memory.held)
-    assert most >= 12
+        began += [active.number for active in engine._waiting if active.told]
+    assert most >= 31
+    assert began  # and some had told tokens when they were sent back
     for number, tokens in zip(numbers, expected, strict=True):
         assert results[number].error is None, results[number].error
         assert results[number].tokens == tokens
-        assert [t for branch in (1, 2, 3, 4, 5) for t in told[number, branch]] == tokens
+        assert [t for branch in range(1, 9) for t in told[number, branch]] == tokens
     assert engine.memory.held == engine.memory.promised == 0
 
 
 def test_a_request_that_never_fits_fails_by_name_and_the_others_go_on():
     def script(root, request):
         yield [root.write(request.prompt)]
-        yield [fork.write([1], 10) for fork in root.fork(9)]
+        yield [fork.write([1], 10) for fork in root.fork(32)]
 
-    engine = Engine(make_model(ALONE), cache_tokens=128)
-    with pytest.raises(InputError, match="request 0 needs 9 blocks of the cache"):
-        engine.submit(Request([1] * 100, 40))
+    engine = Engine(make_model(ALONE), **SIZES)
+    with pytest.raises(InputError, match="request 0 needs 33 blocks of the cache"):
+        engine.submit(Request([1] * 500, 20))
     numbers = [
         engine.submit(Request([1, 2], 5)),
         engine.submit(Request([1, 2], 5, layout=script)),
@@ -343,7 +336,7 @@ def test_a_request_that_never_fits_fails_by_name_and_the_others_go_on():
     ]
     results = engine.run()
     error = str(results[numbers[1]].error)
-    assert error.startswith("request 2: its branches need more than the 8 blocks")
+    assert error.startswith("request 2: its branches need more than the 32 blocks")
     assert results[numbers[0]].tokens == results[numbers[2]].tokens
     assert len(results[numbers[0]].tokens) == 5
 
@@ -359,13 +352,13 @@ def growth(count: int) -> tuple[int, int, int]:
         yield [whole.write([1], 1)]
         return whole.new
 
-    engine = Engine(make_model(ALONE), cache_tokens=1024, rows=16, burst=2)
+    engine = Engine(make_model(ALONE), **SIZES)
 
     def write(some):
         for number in range(some):
             wrong = [1, 99] if number % 7 == 0 else [1, 2]
             layout = {"layout": script} if number % 3 == 0 else {}
-            request = Request(wrong[:1], 1 + number % 3, WAYS[number % 2], **layout)
+            request = Request(wrong[:1], 1 + number % 3, **layout)
             engine.submit(request)
             if number % 5 == 0:
                 engine.cancel(engine.submit(request))
@@ -441,31 +434,30 @@ def test_engines_that_cannot_be():
 
 def test_what_soft_tokens_hold_is_not_counted_as_room():
     model = family(2, transform="soft_tokens")[2]
-    engine = Engine(model, cache_tokens=128)  # eight blocks, of which the soft tokens take two
-    with pytest.raises(InputError, match="request 0 needs 4 blocks .* which has 3"):
-        engine.submit(Request([1] * 40, 20))
-    number = engine.submit(Request([1] * 28, 20))
-    assert len(engine.run()[number].tokens) == 20
+    engine = Engine(model, **SIZES)  # 32 blocks, of which the soft tokens take one of each stream
+    with pytest.raises(InputError, match=r"request 0 needs 16 blocks .* which has 15"):
+        engine.submit(Request([1] * 240, 10))
+    number = engine.submit(Request([1] * 14, 226))
+    engine.step()
+    assert engine.memory.promised + engine.memory.held == 30
+    engine.cancel(number)
+    assert engine.memory.held == engine.memory.promised == 0
 
 
 def test_choices_depend_on_seed_index_branch_and_position():
-    def write(seed, index, branch, prompt):
-        def script(root, request):
-            forks = root.fork(3)
-            yield [forks[branch].write(prompt, 12)]
-            return forks[branch].new
+    def script(root, request):
+        branches = root.fork(2)
+        yield [branch.write(request.prompt, 12) for branch in branches]
+        return [token for branch in branches for token in branch.new]
 
-        sampling = Sampling(temperature=3.0, seed=seed, index=index)
-        return tuple(
-            write_alone(
-                make_model(ALONE), [Request([1], 1, sampling, layout=script)], cache_tokens=256
-            )[0]
-        )
+    def write(seed, index):
+        sampling = Sampling(temperature=3.0, top_k=20, seed=seed, index=index)
+        requests = [Request([1, 2, 3], 1, sampling, layout=script)]
+        (tokens,) = write_alone(make_model(ALONE), requests, **SIZES)
+        return [tuple(tokens[:12]), tuple(tokens[12:])]
 
-    first = write(1, 2, 0, [1, 2, 3])
-    assert first == write(1, 2, 0, [1, 2, 3])
-    others = [write(2, 2, 0, [1, 2, 3]), write(1, 3, 0, [1, 2, 3]), write(1, 2, 1, [1, 2, 3])]
-    assert len({first, *others}) == 4
+    assert write(1, 2) == write(1, 2)
+    assert len({*write(1, 2), *write(2, 2), *write(1, 3)}) == 6
 
 
 @pytest.mark.parametrize(
@@ -485,16 +477,7 @@ def test_choices_depend_on_seed_index_branch_and_position():
     ],
 )
 def test_a_mesh_writes_the_same(axes, fields):
-    config = dataclasses.replace(SMALL, **fields)
-    requests = [
-        Request([n + 1] * (1 + 3 * n), 5, WAYS[n % 2], layout=continue_twice) for n in range(5)
-    ]
-    expected = write_alone(make_model(config), requests, cache_tokens=512, rows=4)
+    model = make_model(dataclasses.replace(SMALL, **fields))
     with jax.set_mesh(make_mesh(MeshConfig(**axes))):
-        engine = Engine(make_model(config), cache_tokens=1024, rows=4)
-        numbers = [engine.submit(request) for request in requests]
-        results = engine.run()
-        assert engine.memory.held == engine.memory.promised == 0
-    for number, tokens in zip(numbers, expected, strict=True):
-        assert results[number].error is None, results[number].error
-        assert results[number].tokens == tokens
+        lines = write_forks(model, count=3, cache_tokens=1024)
+    check_lines(model, lines)
