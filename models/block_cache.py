@@ -65,8 +65,9 @@ class View:
 
     Attributes:
       blocks: int32 `[B, P, n]`, in any order: positions are in the keys.
-      counts: int32 `[B, P, n]`, how many slots of each are seen. The place of the pass's only token
-        need not be among them.
+      counts: int32 `[B, P, n]`, how many slots of each are seen. A pass of one token also sees the
+        place that it writes, if that one's block is in the list; one of more tokens sees its own
+        by its mask, and they must not be among these slots.
       places: int32 `[B, P, T]`, where each token of this pass is written: its block times slots,
         plus its slot. Tokens of other rows that are written in this pass can be seen by it.
       key_positions: int32 `[B, T]`, what the pass's keys are rotated by as they are written, where
