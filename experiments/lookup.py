@@ -33,7 +33,7 @@ COLUMNS = (
 
 FLAGS = program.new_flags()
 tasks.define_flags(
-    FLAGS, width=64, layers=2, heads=2, mlp_width=64, steps=1000, batch=8, learning_rate=5e-3
+    FLAGS, width=64, layers=2, heads=2, mlp_width=64, steps=1500, batch=8, learning_rate=5e-3
 )
 flags.DEFINE_list(
     "counts", ["1", "2", "4", "8", "16"], "how many documents are read", flag_values=FLAGS

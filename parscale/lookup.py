@@ -22,7 +22,7 @@ from parscale.packing import Batch
 from sharding.settings import InputError, check_at_least, option
 
 READINGS = ("sequential", "parallel", "ape")
-GRID = tuple((t, s) for t in (0.6, 0.8, 0.9, 1.0) for s in (0.7, 0.8, 0.9, 1.0))
+GRID = tuple((t, s) for t in (0.5, 0.7, 0.9, 1.0) for s in (0.8, 0.9, 1.0))
 """Temperatures and scales that are tried."""
 
 

@@ -42,8 +42,8 @@ class Sums:
     """
 
     lists: int = option(4, "lists in a prompt, as many as paths")
-    digits: int = option(4, "digits in a list")
-    base: int = option(10, "sums are modulo this; digits are below it")
+    digits: int = option(6, "digits in a list")
+    base: int = option(5, "sums are modulo this; digits are below it")
 
     def __post_init__(self):
         check_at_least(self, 2, "lists", "base")
