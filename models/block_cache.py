@@ -211,7 +211,9 @@ def _attend(rope_theta, q, k, v, kept, pool, view, mask, prefix):
             prefix=None if number else prefix,
             return_lse=True,
         )
-        results.append((out, lse * factor[:, number, None, None, None]))
+        # A part of which nothing is seen counts for nothing, also where its factor is 0.
+        weight = lse * factor[:, number, None, None, None]
+        results.append((out, jnp.where(jnp.isfinite(lse), weight, lse)))
     return merge(*zip(*results, strict=True)).astype(q.dtype), pool
 
 

@@ -172,7 +172,9 @@ def test_a_part_that_a_row_sees_nothing_of_counts_for_nothing():
     view = case[4]
     of_block = np.minimum(view.parts.of_block, 1)
     of_block[1] = 0
-    case = with_view(case, parts=view.parts._replace(of_block=of_block))
+    factor = view.parts.factor.copy()
+    factor[:, 2] = 0
+    case = with_view(case, parts=view.parts._replace(of_block=of_block, factor=factor))
     assert_as_expected(attended(case)[0], case)
 
 
