@@ -54,10 +54,13 @@ class Group:
         self.model = model.unstack() if unrolled else model
         self._whole = _split(self.model)
         self._first_stream: tuple | None = None
+        _, self._generate = engine_steps.of_graph(self._whole[0])
         self._row_parts = rules.parts("batch")
         self._stream_parts = rules.parts("streams")
         self._rows: list[Job | None] = [None] * rows
         self.rows_of_part = rows // self._row_parts
+        parts = [self.stream_parts(part) for part in range(self._row_parts)]
+        self._padding = np.array([list(map(memory.nobodys, part)) for part in parts], np.int32)
         self.soft_entries: list[list[Entry]] = [[] for _ in range(self._row_parts)]
         self.first_states = engine_steps.new_states(*self._whole, 1)
         self._states = engine_steps.new_states(*self._whole, rows)
@@ -180,8 +183,9 @@ class Group:
         if not any(job.most and job.left == counts[job] for job in taking):
             method = "greedy"
         states = self._gather_states(rows)
-        model = self._first if shared else self._whole
-        new, pools, states = engine_steps.write(*model, pools, states, tokens, seen, choice, method)
+        graph, params = self._first if shared else self._whole
+        step, _ = engine_steps.of_graph(graph)
+        new, pools, states = step(params, pools, states, tokens, seen, choice, method=method)
         new, done = np.asarray(new), []
         for row, job in enumerate(rows):
             if job is None:
@@ -238,8 +242,8 @@ class Group:
         states, some = self._states, self._has_states and batch < len(self._rows)
         if some:
             states = engine_steps.take_states(states, 0, batch, self._axis)
-        new, pools, states = engine_steps.generate(
-            *self._whole, pools, states, values, seen, choice, steps, method
+        new, pools, states = self._generate(
+            self._whole[1], pools, states, values, seen, choice, steps=steps, method=method
         )
         self._states = (
             engine_steps.put_states(self._states, 0, states, self._axis) if some else states
@@ -269,6 +273,8 @@ class Group:
         tail = len(entries) + len(branch.entries) - (not full)
         filled = 0 if full else filled
         entries += [_moved(entry, offset) for entry in branch.entries]
+        if branch.grows:  # as it is before the pass
+            entries[-1] = dataclasses.replace(entries[-1])
         entries += [Entry(blocks, 0, offset) for blocks in branch.spare]
         if branch.sees is None:
             return Text(entries, tail, filled, None)
@@ -323,9 +329,7 @@ class Group:
 
     def _nobodys(self, batch: int, streams: int) -> np.ndarray:
         """For each stream of each row the block that belongs to nobody, int32 `[B, P]`."""
-        size = batch // self._row_parts
-        parts = [self.stream_parts(row // size)[:streams] for row in range(batch)]
-        return np.vectorize(self.memory.nobodys, otypes=[np.int32])(np.array(parts))
+        return np.repeat(self._padding[:, :streams], batch // self._row_parts, 0)
 
     @property
     def _first(self) -> tuple[nnx.GraphDef, Any]:
@@ -356,7 +360,7 @@ def _split(model: LanguageModel) -> tuple[nnx.GraphDef, Any]:
 
 
 def _moved(entry: Entry, by: int) -> Entry:
-    return dataclasses.replace(entry, shift=entry.shift + by)
+    return dataclasses.replace(entry, shift=entry.shift + by) if by else entry
 
 
 def _sampling(job: "Job | None") -> tuple:

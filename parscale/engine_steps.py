@@ -6,6 +6,7 @@ of rows, tokens and blocks, rounded up, and whether views move blocks or have pa
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -198,6 +199,19 @@ def generate(
 def _along(rows: Array, x: Array, axis: int) -> Array:
     """`rows` `[B]` with further axes of size 1, so that it meets axis `axis` of `x`."""
     return rows.reshape(*[1] * axis, -1, *[1] * (x.ndim - axis - 1))
+
+
+@functools.cache
+def of_graph(graph: nnx.GraphDef) -> tuple[Callable, Callable]:
+    """`write` and `generate` of one graph, which is not to be looked at again at every call."""
+    write_it = functools.partial(write.__wrapped__, graph)
+    generate_it = functools.partial(generate.__wrapped__, graph)
+    return (
+        jax.jit(write_it, static_argnames="method", donate_argnames="pools"),
+        jax.jit(
+            generate_it, static_argnames=("steps", "method"), donate_argnames=("pools", "states")
+        ),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "blocks", "slots"))

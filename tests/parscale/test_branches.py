@@ -22,6 +22,9 @@ def few_shapes(request, monkeypatch):
 
 
 ROW = 160  # tokens of a whole text at most
+# Of one stream, as plain as can be; branches are told apart by their marks.
+ALONE = dataclasses.replace(SMALL, streams=1, branches=3)
+SIZES = {"cache_tokens": 2048, "rows": 4}
 
 
 @dataclasses.dataclass
@@ -116,7 +119,7 @@ def check_text(model, pieces: list[Piece], tokens: dict[int, list[int]]) -> None
 def write_texts(model, count: int, seed: int, *, depth: int = 3, **engine) -> Engine:
     rng = np.random.default_rng(seed)
     writers = [Writer(random_text(rng, 31, depth), rng) for _ in range(count)]
-    engine = Engine(model, **{"cache_tokens": 2048, "rows": 4} | engine)
+    engine = Engine(model, **SIZES | engine)
     numbers = [engine.submit(Request([1], 1, layout=writer)) for writer in writers]
     results = engine.run()
     for number, writer in zip(numbers, writers, strict=True):
@@ -128,7 +131,7 @@ def write_texts(model, count: int, seed: int, *, depth: int = 3, **engine) -> En
 
 
 def test_random_texts_that_fork_and_join():
-    write_texts(make_model(dataclasses.replace(SMALL, branches=3)), 8, 0)
+    write_texts(make_model(ALONE), 8, 0)
 
 
 @pytest.mark.slow
@@ -145,20 +148,16 @@ def test_random_texts_in_a_cache_that_is_too_small_for_them_together():
     assert engine.idle
 
 
-# The races and the texts that see each other are of one stream, as plain as can be.
-ALONE = dataclasses.replace(SMALL, streams=1)
-
-
 def run(script, model=None, **engine):
     """The result of a script, and its engine."""
-    engine = Engine(model or make_model(ALONE), **{"cache_tokens": 512, "rows": 4} | engine)
+    engine = Engine(model or make_model(ALONE), **SIZES | engine)
     number = engine.submit(Request([1], 1, layout=script))
     result = engine.run()[number]
     assert engine.memory.held == engine.memory.promised == 0
     return result
 
 
-@pytest.mark.parametrize("burst", [1, 5])
+@pytest.mark.parametrize("burst", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_race_stops_the_others_and_they_go_on_with_the_same_tokens(burst):
     found = {}
 
@@ -284,7 +283,7 @@ def test_workers_that_see_each_other_against_numpy():
     def beside(root, request):
         yield [root.write([3] * 20, 40)]
 
-    engine = Engine(model, cache_tokens=512, rows=4)
+    engine = Engine(model, **SIZES)
     numbers = [engine.submit(Request([1], 1, layout=layout)) for layout in (beside, script)]
     results = engine.run()
     assert all(results[number].error is None for number in numbers)
@@ -354,7 +353,7 @@ RECURRENT = dataclasses.replace(
         (lambda root, _: [root.write(), root.write()], "branches [0, 0] at once"),
         (lambda root, _: [root.write([31])], "the write to branch 0 has token id 31"),
         (lambda root, _: [root.write([1], -1)], "generates -1 tokens"),
-        (lambda root, _: [root.write([1], 61)], "from position 3 to 65, but the model's max"),
+        (lambda root, _: [root.write([1], 2045)], "from position 3 to 2049, but the model's max"),
         (lambda root, other: [other.write([1])], "is to a branch of another request"),
         (lambda root, _: [root.write([1], 2, shared=True)], "generate by another write"),
         (lambda root, _: Race([p.write([1], 2) for p in root.fork(5)]), "has rows for 4"),
@@ -365,8 +364,7 @@ RECURRENT = dataclasses.replace(
     ],
 )
 def test_a_script_that_goes_wrong_fails_alone(wrong, message):
-    config = dataclasses.replace(ALONE, max_length=64)
-    engine = Engine(make_model(config), cache_tokens=512, rows=4)
+    engine = Engine(make_model(ALONE), **SIZES)
     roots = []
 
     def other(root, request):
