@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from models.config import ModelConfig
 from models.weights import StreamParam, WeightMaker, zeros
+from sharding import rules
 
 
 class Aggregation(nnx.Module):
@@ -55,12 +56,15 @@ class DynamicAggregation(Aggregation):
         self.out_bias = weight((streams,), ("streams",), zeros, StreamParam)
 
     def logits(self, x: Float[Array, "B P T D"]) -> Float[Array, "B T P"]:
-        hidden = jnp.einsum(
-            "bptd,pde->bte",
-            x,
-            self.hidden[...].astype(x.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        weight, wide = self.hidden[...].astype(x.dtype), {"preferred_element_type": jnp.float32}
+        if rules.is_sharded():
+            hidden = jnp.einsum("bptd,pde->bte", x, weight, **wide)
+        else:
+            # As one flat product: XLA on CPU transposes the weight for the sum over two axes.
+            batch, streams, length, width = x.shape
+            flat = jnp.moveaxis(x, 1, 2).reshape(batch * length, streams * width)
+            hidden = jnp.dot(flat, weight.reshape(streams * width, -1), **wide)
+            hidden = hidden.reshape(batch, length, -1)
         hidden = jax.nn.silu(hidden + self.hidden_bias[...])
         return jnp.einsum("bte,ep->btp", hidden, self.out[...]) + self.out_bias[...]
 
