@@ -13,7 +13,7 @@ from models.transformer import LanguageModel
 from pallas_kernels import masks
 from parscale import sums, tasks
 from parscale.config import Config, DataConfig, TrainConfig
-from parscale.engine import Engine, Request
+from parscale.engine import Engine, Ledger, Request, Result
 from parscale.sums import Sums
 from sharding.settings import InputError
 
@@ -136,8 +136,31 @@ def test_what_is_written_is_the_first_choice_of_one_reading(form, rules):
     assert result.ledger.longest == longest
 
 
-def test_right_answers_are_counted():
-    """Of a model that knows one text by heart, and writes it after another prompt too."""
+def test_right_answers_are_counted(monkeypatch):
+    """Only a text that ends with the total and the end tag counts."""
+    ends = [[4, 6, 11], [4, 7, 11], [4, 11, 6], [6], [6, 11]]
+
+    class Told:
+        """An engine that gives these ends of texts, in the order of the requests."""
+
+        def __init__(self, model, **sizes):
+            self.requests = 0
+
+        def submit(self, request):
+            self.requests += 1
+            return 10 + self.requests
+
+        def run(self):
+            return {11 + n: Result(end, Ledger(20 + n, 10 + n, 9)) for n, end in enumerate(ends)}
+
+    monkeypatch.setattr(sums, "Engine", Told)
+    lists = np.tile(LISTS, (5, 1, 1))
+    assert sums.evaluate(None, SMALL, lists, "fork") == (2 / 5, 22.0, 12.0)
+
+
+@pytest.mark.slow
+def test_a_text_known_by_heart_is_written():
+    """And after another prompt too, where it is wrong."""
     config = configure(SMALL, steps=80, warmup_steps=5, learning_rate=1e-2)
     row = sums.to_rows(SMALL, np.tile(LISTS, (8, 1, 1)), "fork")
     run = tasks.train(config, lambda step, random: row, log=io.StringIO())
