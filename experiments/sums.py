@@ -47,10 +47,10 @@ COLUMNS = (
 
 FLAGS = program.new_flags()
 tasks.define_flags(
-    FLAGS, width=64, layers=2, heads=4, mlp_width=128, steps=500, batch=16, learning_rate=5e-3
+    FLAGS, width=64, layers=2, heads=4, mlp_width=128, steps=800, batch=16, learning_rate=5e-3
 )
 flags.DEFINE_integer("lists", 4, "lists in a prompt", flag_values=FLAGS)
-flags.DEFINE_integer("digits", 6, "digits in a list", flag_values=FLAGS)
+flags.DEFINE_integer("digits", 5, "digits in a list", flag_values=FLAGS)
 flags.DEFINE_integer("base", 5, "sums are modulo this", flag_values=FLAGS)
 flags.DEFINE_integer("test_rows", 256, "prompts of the test", flag_values=FLAGS)
 

@@ -42,7 +42,7 @@ class Sums:
     """
 
     lists: int = option(4, "lists in a prompt, as many as paths")
-    digits: int = option(6, "digits in a list")
+    digits: int = option(5, "digits in a list")
     base: int = option(5, "sums are modulo this; digits are below it")
 
     def __post_init__(self):
