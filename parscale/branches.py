@@ -92,7 +92,8 @@ class Branch:
       sees: other branches of the request whose texts it reads as they grow, in a line before its
         own text, each moved to follow the one before; None: none, and nothing moves. Branches of
         one step that see each other are written in their order, and generate side by side, each
-        seeing the others' tokens of the same time.
+        seeing the others' tokens of the same time. The last token that a branch has generated is
+        seen when it is in the cache: as it goes on, or by a write of nothing.
       temperatures, factors: of the parts of its view, from part 0 (`models.block_cache.Parts`).
     """
 
