@@ -38,6 +38,8 @@ class Sampling:
             raise InputError(f"top_p={self.top_p}: expected more than 0, at most 1")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed={self.seed}: expected a number from 0 to 2**32 - 1")
+        if not 0 <= self.index < 2**32:
+            raise InputError(f"index={self.index}: expected a number from 0 to 2**32 - 1")
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -62,11 +64,7 @@ def as_arrays(rows: list[tuple[Sampling, int]], size: int) -> tuple[Choice, str]
     """Settings and branch numbers of rows, filled up to `size`, and what `choose` has to do."""
     rest = [(GREEDY, 0)] * (size - len(rows))
     settings = [sampling for sampling, _ in (*rows, *rest)]
-    if all(sampling.temperature == 0 for sampling in settings):
-        method = "greedy"
-    else:
-        filtered = any(sampling.top_k or sampling.top_p < 1 for sampling in settings)
-        method = "filtered" if filtered else "random"
+    method = "greedy" if all(sampling.temperature == 0 for sampling in settings) else "random"
     return Choice(
         np.array([sampling.temperature for sampling in settings], np.float32),
         np.array([sampling.top_k for sampling in settings], np.int32),
@@ -86,15 +84,17 @@ def choose(
       logits: float32.
       choice: settings of each row.
       positions: where the token will stand.
-      method: "greedy" where every row is; "random" where none filters; else "filtered".
+      method: "greedy" where every row is, else "random".
     """
     best = jnp.argmax(logits, -1).astype(jnp.int32)
     if method == "greedy":
         return best
     warm = choice.temperature > 0
     logits = logits / jnp.where(warm, choice.temperature, 1.0)[:, None]
-    if method == "filtered":
-        logits = keep_candidates(logits, choice.top_k, choice.top_p)
+    # Sorting is left out where no row asks for it, without compiling for each of the two cases.
+    filtered = jnp.any((choice.top_k > 0) | (choice.top_p < 1))
+    keep = lambda logits: keep_candidates(logits, choice.top_k, choice.top_p)
+    logits = jax.lax.cond(filtered, keep, lambda logits: logits, logits)
 
     def draw(seeds, position, logits):
         key = jax.random.key(seeds[0])

@@ -22,8 +22,12 @@ pytestmark = pytest.mark.usefixtures("little_optimization")
 @pytest.fixture(autouse=True)
 def few_shapes(request, monkeypatch):
     """Default tests spend most of their time on compiling."""
-    if request.node.get_closest_marker("slow") is None:
+    slow = request.node.get_closest_marker("slow") is not None
+    if not slow:
         use_few_shapes(monkeypatch)
+    yield
+    if slow:
+        jax.clear_caches()  # compiled steps take many of the memory maps of a process
 
 
 ALONE = dataclasses.replace(SMALL, streams=1)
