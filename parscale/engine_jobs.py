@@ -306,6 +306,11 @@ def _check_write(active: Active, write: Write) -> None:
             f"{what} is shared by the streams and generates {write.most} tokens, which takes all "
             "of them: generate by another write"
         )
+    if write.shared and len(set(active.parts)) > 1:
+        raise InputError(
+            f"{what} is shared by streams that lie on {len(set(active.parts))} devices, each of "
+            "which has a cache of its own: give a mesh with stream=1"
+        )
     if write.shared or branch.sees is not None or branch.position != branch.reached:
         active.check_forks()
     check_ids(active.group.config, what, write.tokens)
