@@ -237,42 +237,45 @@ class Hogwild:
                 "interleaved": [common],
                 "combined": [common, others, *rest, own],
             }[self.arrangement]
-        texts: list[list[int]] = [[] for _ in workers]
         if self.arrangement == "contiguous":
             yield [
                 worker.write(begin, request.tokens, request.until)
                 for worker, begin in zip(workers, self.workers, strict=True)
             ]
-            return [token for worker in workers for token in worker.new]
-        yield from self._steps(common, workers, texts, request)
+            pairs = zip(self.workers, workers, strict=True)
+            return [token for begin, worker in pairs for token in (*begin, *worker.new)]
+        texts = yield from self._steps(common, workers, request)
         return [token for text in texts for token in text]
 
-    def _steps(self, common: Branch, workers: list[Branch], texts: list, request) -> Iterator:
-        """Lets workers write steps, and puts each that is finished behind what all see."""
+    def _steps(self, common: Branch, workers: list[Branch], request: "Request") -> Iterator:
+        """Lets workers write steps, and puts each that is finished behind what all see.
+
+        Returns:
+          the tokens of each worker, with what its steps begin with.
+        """
         begins: dict[int, Tokens] = dict(enumerate(self.workers))
-        going = set(begins)
-        while going:
-            writes = {
-                number: workers[number].write(
-                    begins.pop(number, ()),
-                    request.tokens - len(texts[number]),
-                    request.until | {self.step},
-                )
-                for number in sorted(going)
-            }
-            yield Race(tuple(writes.values()))
-            for number in sorted(going):
+        texts: list[list[int]] = [[] for _ in workers]
+        left = dict.fromkeys(begins, request.tokens)
+        while left:
+            writes = []
+            for number in left:
+                begin = begins.pop(number, ())
+                texts[number] += begin
+                until = request.until | {self.step}
+                writes.append(workers[number].write(begin, left[number], until))
+            yield Race(tuple(writes))
+            for number in list(left):
                 worker = workers[number]
                 texts[number] += worker.new
-                over = len(texts[number]) >= request.tokens or any(
-                    ends_with(worker.run, end) for end in request.until
-                )
+                left[number] -= len(worker.new)
+                over = not left[number] or any(ends_with(worker.run, end) for end in request.until)
                 if over or ends_with(worker.run, self.step):
                     yield [worker.write()]
                     common.take(worker)
                     begins[number] = self.workers[number]
                 if over:
-                    going.discard(number)
+                    del left[number]
+        return texts
 
 
 def beside(*scripts: Iterator) -> Iterator:

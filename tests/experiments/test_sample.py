@@ -103,7 +103,7 @@ def test_layouts_write_several_branches(two, capfd):
     runs.call(sample, f"--workdir={two}", f"--tokens={TOKENS}", *words, alone)
     out, error = capfd.readouterr()
     new = argmax_text(two, "def f ", TOKENS).removeprefix("def f ")
-    assert out == f"--- 0\ndef f{new}\n"
+    assert out == f"--- 0\ndef f {new}\n"
     assert error == "17 tokens generated, 17 of them one after the other\n"
     both = '--layout={"name": "parathinker", "thoughts": ["a", "b"], "most": 5}'
     runs.call(sample, f"--workdir={two}", f"--tokens={TOKENS}", *words, both)
