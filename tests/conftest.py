@@ -13,6 +13,13 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_functions_of_other_files():
+    """Drops what a file has compiled: of all files together it fills memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def little_optimization():
     """For tests that spend nearly all their time on compiling."""

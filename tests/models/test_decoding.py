@@ -77,7 +77,7 @@ def test_cached_decoding_equals_the_forward_pass(streams, transform, layer_loop)
     config = dataclasses.replace(SMALL, streams=streams, transform=transform, layer_loop=layer_loop)
     for decoded, full in zip(*decoded_and_full(config), strict=True):
         # The same float32 sums in another order, on logits of size 5.
-        np.testing.assert_allclose(decoded, full, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(decoded, full, rtol=0, atol=5e-5)
 
 
 # Of window=4, so that its cache wraps around in the prefill and again in decoding.
@@ -95,7 +95,7 @@ def test_every_mixer_decodes_what_the_forward_pass_computes(mixers):
         SMALL, streams=2, mixers=mixers, layers=layers, window=4, key_dim=6, layer_loop="scan"
     )
     for decoded, full in zip(*decoded_and_full(config), strict=True):
-        np.testing.assert_allclose(decoded, full, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(decoded, full, rtol=0, atol=5e-5)
 
 
 @pytest.mark.slow
