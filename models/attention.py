@@ -109,7 +109,7 @@ class Attention(nnx.Module):
 
     def init_blocks(self, config: ModelConfig, blocks: int, slots: int) -> BlockPool:
         """Blocks of `slots` tokens of one stream each, in the type of activations."""
-        shape = (blocks, slots, config.kv_heads, config.head_dim)
+        shape = (blocks, config.kv_heads, slots, config.head_dim)
         # Two arrays, so that both may be donated.
         return BlockPool(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 

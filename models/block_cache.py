@@ -32,12 +32,12 @@ class BlockPool(NamedTuple):
     """The blocks of a layer, or those of a stack of layers and the one meant.
 
     Attributes:
-      k, v: `[blocks, slots, K, h]`, or `[L, blocks, slots, K, h]` of a stack.
+      k, v: `[blocks, K, slots, h]`, or `[L, blocks, K, slots, h]` of a stack.
       layer: which of a stack; None: there is none.
     """
 
-    k: Float[Array, "blocks slots K h"]
-    v: Float[Array, "blocks slots K h"]
+    k: Float[Array, "blocks K slots h"]
+    v: Float[Array, "blocks K slots h"]
     layer: Int[Array, ""] | None = None
 
 
@@ -130,7 +130,7 @@ def attend_view(
     queries = rules.partition_spec(("batch", "streams", None, "heads", None))
     keys = rules.partition_spec(("batch", "streams", None, "kv_heads", None))
     stack = () if pool.layer is None else (None,)
-    blocks = rules.partition_spec((*stack, "blocks", None, "kv_heads", None))
+    blocks = rules.partition_spec((*stack, "blocks", "kv_heads", None, None))
     pools = BlockPool(blocks, blocks, None if pool.layer is None else rules.partition_spec(()))
     lists = rules.partition_spec(("batch", "streams", None))
     rows = rules.partition_spec(("batch", None))
@@ -163,7 +163,7 @@ def _local(view: View, pool: BlockPool) -> View:
     index = 0
     for axis in rules.RULES["blocks"]:
         index = index * jax.lax.axis_size(axis) + jax.lax.axis_index(axis)
-    blocks, slots = pool.k.shape[-4:-2]
+    blocks, _, slots, _ = pool.k.shape[-4:]
     first = index * blocks
     return dataclasses.replace(view, blocks=view.blocks - first, places=view.places - first * slots)
 
@@ -171,26 +171,25 @@ def _local(view: View, pool: BlockPool) -> View:
 def _attend(rope_theta, q, k, v, kept, pool, view, mask, prefix):
     """`attend_view` of one device."""
     pool = _write(pool, k if kept is None else kept, v, view.places)
-    batch, streams, length = q.shape[:3]
-    seen = view.blocks.shape[-1]
-    if length > 1 and not seen:
+    length = q.shape[2]
+    if length > 1 and not view.blocks.shape[-1]:
         return attention(q, k, v, mask, prefix=prefix), pool
     keys, values = (_read(pool, x, view.blocks) for x in (pool.k, pool.v))
     if view.shifts is not None:
         keys = _move(keys, view.shifts, rope_theta)
-    slots = keys.shape[-3]
-    flat = lambda x: x.reshape(batch, streams, seen * slots, *x.shape[-2:])
-    keys, values = flat(keys), flat(values)
+    slots = keys.shape[-2]
     slot = jnp.arange(slots, dtype=jnp.int32)
     visible = slot < view.counts[..., None]
     if length == 1:
         visible |= view.blocks[..., None] * slots + slot == view.places[..., None]
-    visible = visible.reshape(batch, streams, seen * slots)
+    visible = visible.reshape(*visible.shape[:2], -1)
     # What is not seen may be of another text, or of none: a weight of 0 does not undo a NaN. The
     # keys need it not, but XLA on CPU takes less time to choose than to copy blocks as they are.
-    keys, values = (jnp.where(visible[..., None, None], x, 0) for x in (keys, values))
+    flat = lambda x: x.reshape(*x.shape[:3], -1, x.shape[-1])
+    keys, values = (jnp.where(visible[:, :, None, :, None], flat(x), 0) for x in (keys, values))
     if length == 1 and view.parts is None:
         return _attend_one(q, keys, values, visible, prefix), pool
+    keys, values = jnp.swapaxes(keys, 2, 3), jnp.swapaxes(values, 2, 3)
     runs = one_run(jnp.zeros_like(visible, jnp.int32), jnp.where(visible, length, 0))
     if length > 1:
         keys, values = jnp.concatenate([keys, k], 2), jnp.concatenate([values, v], 2)
@@ -245,11 +244,10 @@ def _with_own_runs(runs: Array, mask: Mask, length: int) -> Array:
 def _attend_one(q, keys, values, visible, prefix):
     """Attention of one query for each stream of each row: of all scores at once."""
     batch, streams, _, heads, head_dim = q.shape
-    kv_heads = keys.shape[-2]
+    kv_heads = keys.shape[2]
     q = q.reshape(batch, streams, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
     wide = {"preferred_element_type": jnp.promote_types(q.dtype, jnp.float32)}
-    # The keys on the left: on the right XLA on CPU would transpose a copy of them.
-    scores = jnp.swapaxes(jnp.einsum("bpskh,bpkgh->bpksg", keys, q, **wide), -1, -2)
+    scores = jnp.einsum("bpkgh,bpksh->bpkgs", q, keys, **wide)
     scores = jnp.where(visible[:, :, None, None], scores, -jnp.inf)
     if prefix is not None:
         of_prefix = jnp.einsum("bpkgh,pkmh->bpkgm", q, prefix[0], **wide)
@@ -259,8 +257,8 @@ def _attend_one(q, keys, values, visible, prefix):
     weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True, initial=least.min))
     total = jnp.maximum(jnp.sum(weights, -1, keepdims=True), least.tiny)
     weights = (weights / total).astype(values.dtype)
-    seen = keys.shape[2]
-    out = jnp.einsum("bpkgs,bpskh->bpkgh", weights[..., :seen], values)
+    seen = keys.shape[3]
+    out = jnp.einsum("bpkgs,bpksh->bpkgh", weights[..., :seen], values)
     if prefix is not None:
         out += jnp.einsum("bpkgm,pkmh->bpkgh", weights[..., seen:], prefix[1])
     return out.reshape(batch, streams, 1, heads, head_dim)
@@ -276,27 +274,28 @@ def _blocks(pool: BlockPool, x: Array) -> tuple[Array, Array | int]:
 def _write(pool: BlockPool, k: Array, v: Array, places: Array) -> BlockPool:
     def written(x, new):
         blocks, first = _blocks(pool, x)
-        count, slots, *row = blocks.shape
-        flat = blocks.reshape(count * slots, *row)
-        at = (places + first * slots).reshape(-1)
-        new = new.astype(x.dtype).reshape(-1, *row)
-        return flat.at[at].set(new, mode="promise_in_bounds").reshape(x.shape)
+        heads, slots, head_dim = blocks.shape[1:]
+        block, slot = jnp.divmod(places[..., None], slots)
+        at = ((block + first) * heads + jnp.arange(heads)) * slots + slot
+        new = new.astype(x.dtype).reshape(-1, head_dim)
+        flat = blocks.reshape(-1, head_dim).at[at.reshape(-1)]
+        return flat.set(new, mode="promise_in_bounds").reshape(x.shape)
 
     return pool._replace(k=written(pool.k, k), v=written(pool.v, v))
 
 
 def _read(pool: BlockPool, x: Array, blocks: Array) -> Array:
-    """The blocks of a view `[B, P, n, slots, K, h]`."""
+    """The blocks of a view `[B, P, K, n, slots, h]`."""
     held, first = _blocks(pool, x)
-    # As one row each: XLA on CPU copies rows, and walks through anything else.
-    rows = held.reshape(held.shape[0], math.prod(held.shape[1:]))
-    read = jnp.take(rows, (blocks + first).reshape(-1), axis=0, mode="clip")
-    return read.reshape(*blocks.shape, *held.shape[1:])
+    heads = held.shape[1]
+    # As one row for each head: XLA on CPU copies rows, and walks through anything else.
+    rows = held.reshape(-1, math.prod(held.shape[2:]))
+    of_head = (blocks + first)[:, :, None] * heads + jnp.arange(heads)[:, None]
+    read = jnp.take(rows, of_head.reshape(-1), axis=0, mode="clip")
+    return read.reshape(*of_head.shape, *held.shape[2:])
 
 
 def _move(keys: Array, shifts: Array, theta: float) -> Array:
-    """Keys of blocks, rotated on by the shift of each."""
-    tables = rope_tables(shifts.reshape(1, -1), keys.shape[-1], theta)
-    rows = keys.reshape(1, -1, *keys.shape[-3:])
-    rotated = apply_rope(jnp.moveaxis(rows, 2, 1), tables)
-    return jnp.moveaxis(rotated, 1, 2).reshape(keys.shape)
+    """Keys `[B, P, K, n, slots, h]` of blocks, rotated on by the shift `[B, P, n]` of each."""
+    tables = rope_tables(shifts.reshape(-1, shifts.shape[-1]), keys.shape[-1], theta)
+    return apply_rope(keys.reshape(-1, *keys.shape[2:]), tables).reshape(keys.shape)

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from parscale.engine_jobs import Job
 
 # What steps are compiled for are numbers up to a power of 2 from these on: rows, tokens of a row
-# (or a single one), blocks of a view (or none), ends of a row, parts; when tokens are written, up
-# to a power of 4 of rows and blocks. With 16 rows and texts of 2048 tokens in blocks of 16 this is
-# at most 168 steps that write (3 rows, 7 tokens, 4 blocks, greedy or not) and 50 that generate.
+# (or a single one), blocks of a view (or none, or one and a half times a power of 2), ends of a
+# row, parts; when tokens are written, up to a power of 4 of rows and blocks. With 16 rows and texts
+# of 2048 tokens in blocks of 16 this is at most 168 steps that write (3 rows, 7 tokens, 4 blocks,
+# greedy or not) and 90 that generate (5 rows, 9 blocks).
 # On CPU every compiled step takes some 240 of the 65530 memory maps that Linux grants a process.
 FEWEST_ROWS, FEWEST_TOKENS, FEWEST_BLOCKS, FEWEST_ENDS, FEWEST_PARTS = 1, 16, 8, 4, 2
 
@@ -216,7 +217,8 @@ class Group:
         if steps == 1:  # those who see each other see what is written in this step
             for job in jobs:
                 self._commit(job.branch, 1)
-        texts = [job and self._text(job, counted=int(steps == 1)) for job in rows]
+        counted = int(steps == 1)
+        texts = [job and self._text(job, counted, steps - counted) for job in rows]
         token, most = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
         positions, keys, marks = (np.zeros(batch, np.int32) for _ in range(3))
         tail, filled = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
@@ -260,12 +262,14 @@ class Group:
             results.append(tokens)
         return pools, results
 
-    def _text(self, job: "Job", counted: int = 0) -> Text:
-        """Where a job's branch stands; of its spare blocks all are at the end of what it sees.
+    def _text(self, job: "Job", counted: int = 0, ahead: int = 0) -> Text:
+        """Where a job's branch stands.
 
         Args:
           job: which.
           counted: tokens of the pass, 0 or 1, that count as written already.
+          ahead: further tokens that are generated in it; the spare blocks that these may need are
+            at the end of what it sees.
         """
         branch, offset = job.branch, 0
         entries = list(self.soft_entries[job.active.row_part])
@@ -279,7 +283,8 @@ class Group:
         entries += [_moved(entry, offset) for entry in branch.entries]
         if branch.grows:  # as it is before the pass
             entries[-1] = dataclasses.replace(entries[-1])
-        entries += [Entry(blocks, 0, offset) for blocks in branch.spare]
+        needed = -(-(filled + ahead) // self.slots) - (not full)
+        entries += [Entry(blocks, 0, offset) for blocks in branch.spare[: max(0, needed)]]
         if branch.sees is None:
             return Text(entries, tail, filled, None)
         own = branch.length - counted
@@ -311,7 +316,9 @@ class Group:
     ) -> Seen:
         batch = len(texts)
         most = max(len(text.entries) for text in texts if text)
-        most = rounded(most, FEWEST_BLOCKS, factor) if most else 0
+        if most:
+            steps = (FEWEST_BLOCKS, FEWEST_BLOCKS * 3 // 2) if factor == 2 else (FEWEST_BLOCKS,)
+            most = min(rounded(most, step, factor) for step in steps)
         blocks = np.repeat(self._nobodys(batch, streams)[..., None], most, -1)
         counts, shifts, parts = (np.zeros((batch, most), np.int32) for _ in range(3))
         for row, text in enumerate(texts):

@@ -156,7 +156,7 @@ def generate(
     """
     model = nnx.merge(graph, params)
     leaves = jax.tree.leaves(pools)
-    slots, held = leaves[0].shape[-3] if leaves else 0, seen.blocks.shape[-1]
+    slots, held = leaves[0].shape[-2] if leaves else 0, seen.blocks.shape[-1]
     place_in_list = jnp.arange(held, dtype=jnp.int32)
 
     def step(carry, index):
@@ -218,7 +218,7 @@ def of_graph(graph: nnx.GraphDef) -> tuple[Callable, Callable]:
 def new_pools(graph: nnx.GraphDef, params: Any, blocks: int, slots: int) -> tuple:
     """A cache of `blocks` blocks, which lie over the devices of rows and streams."""
     pools = nnx.merge(graph, params).init_blocks(blocks, slots)
-    axes = ("blocks", None, "kv_heads", None)
+    axes = ("blocks", "kv_heads", None, None)
     return jax.tree.map(lambda x: rules.constrain(x, *(None,) * (x.ndim - 4), *axes), pools)
 
 

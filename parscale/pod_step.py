@@ -188,7 +188,7 @@ def _decode(config: ModelConfig, mesh, decode: Decode):
     seen = -(-decode.length // SLOTS)
     parts = math.prod(mesh.shape[axis] for axis in rules.RULES["blocks"])
     blocks = parts + decode.rows * config.streams * seen
-    of_blocks = ("blocks", None, "kv_heads", None)
+    of_blocks = ("blocks", "kv_heads", None, None)
     of_rows = {WindowCache: ("batch", "streams", None, "kv_heads", None)}
 
     def place(node):

@@ -33,8 +33,8 @@ def rotated(x, positions):
 def expected_attention(case) -> np.ndarray:
     """Attention of each query on its own, in float64, with queries turned back instead of keys."""
     q, k, v, pool, view, mask, prefix = case
-    (B, P, T, H, h), (N, slots, K, _) = q.shape, pool.k.shape
-    held = [np.array(x, np.float64).reshape(N * slots, K, h) for x in (pool.k, pool.v)]
+    (B, P, T, H, h), (N, K, slots, _) = q.shape, pool.k.shape
+    held = [np.float64(x).swapaxes(1, 2).reshape(N * slots, K, h) for x in (pool.k, pool.v)]
     for x, new in zip(held, (k, v), strict=True):
         x[view.places.reshape(-1)] = new.reshape(-1, K, h)
     own = np.asarray(masks.dense(mask, T, T))
@@ -108,7 +108,7 @@ def random_case(
         of_block[..., -1] = 0
         table = rng.uniform(0.5, 1.5, (2, B, parts)).astype(np.float32)
         view = dataclasses.replace(view, parts=Parts(of_block, *table))
-    shape = (BLOCKS * ranges, SLOTS, K, h)
+    shape = (BLOCKS * ranges, K, SLOTS, h)
     return (
         draw(B, P, length, H, h), draw(B, P, length, K, h), draw(B, P, length, K, h),
         BlockPool(draw(*shape), draw(*shape)), view, mask or masks.causal(),
@@ -200,10 +200,11 @@ def test_what_is_not_seen_may_be_anything(length):
     case = random_case(3, length, prefix=True)
     k, v = case[3].k.copy(), case[3].v.copy()
     view = case[4]
-    seen = np.zeros(k.shape[:2], bool)
+    unseen = np.ones((len(k), SLOTS), bool)
     for block, count in zip(view.blocks.flat, view.counts.flat, strict=True):
-        seen[block, :count] = True
-    k[~seen] = v[~seen] = np.nan
+        unseen[block, :count] = False
+    for x in (k, v):
+        x.swapaxes(1, 2)[unseen] = np.nan
     poisoned = (*case[:3], BlockPool(k, v), *case[4:])
     found, expected = (np.asarray(attended(x)[0]) for x in (poisoned, case))
     np.testing.assert_array_equal(found, expected)
@@ -216,7 +217,7 @@ def test_a_row_that_sees_nothing_is_zero():
     found, pool = attended(with_view(case, **nothing))
     np.testing.assert_array_equal(found, 0)
     places = case[4].places.reshape(-1)
-    written = np.asarray(pool.k).reshape(-1, *pool.k.shape[2:])[places]
+    written = np.asarray(pool.k)[places // SLOTS, :, places % SLOTS]
     np.testing.assert_array_equal(written, case[1].reshape(written.shape))
 
 

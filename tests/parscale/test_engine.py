@@ -266,9 +266,10 @@ def test_a_shared_prompt_is_the_first_streams_and_takes_its_memory_alone():
         assert engine.memory.held == engine.memory.promised == 0
     assert held == {2: 3, 3: 3}
     for shared, own in zip(keys[2], keys[3], strict=True):
-        # [entries, P, slots, K, h]; the last block is not full.
+        # [entries, P, K, slots, h]; the last block is not full.
         shared, own = (
-            np.moveaxis(x, 1, 0).reshape(x.shape[1], 48, -1)[:, :40] for x in (shared, own)
+            np.moveaxis(x, (0, 3), (1, 2)).reshape(x.shape[1], 48, -1)[:, :40]
+            for x in (shared, own)
         )
         np.testing.assert_array_equal(shared[0], shared[1])
         np.testing.assert_allclose(shared[:1], own, rtol=0, atol=1e-6)
