@@ -1,17 +1,16 @@
 """Layouts: every token that they generate is the model's choice, given who sees whom, and where."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine_models import make_writer
 from flax import nnx
 
 from models.config import ModelConfig
 from models.segments import Segment, lay_out
-from models.transformer import LanguageModel
 from pallas_kernels.masks import Mask
 from parscale import layout_text, layouts
 from parscale.engine import Engine, Request
@@ -28,27 +27,9 @@ REST = ("contiguous", "combined")
 PATHS = ((11, 12), (13,), (14, 15, 16))
 
 
-@functools.cache
-def make_model() -> LanguageModel:
-    """A random model that writes letters, hardly any of them twice in a row."""
-    graph, weights = nnx.split(nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        offset = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return jnp.asarray(offset + 0.3 * rng.normal(size=leaf.shape), jnp.float32)
-
-    params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(weights))
-    letters = np.zeros(CONFIG.vocab_size, bool)
-    letters[97:123] = True
-    # A tied head: tokens with small embeddings have logits near 0.
-    params["embedding"] = params["embedding"] * np.where(letters, 2.0, 0.2)[:, None]
-    return nnx.merge(graph, params)
-
-
 def run(layout, prompt, tokens, model=None, until=()):
     """The result of a request, and what each of its branches generated, write after write."""
-    engine = Engine(model or make_model(), cache_tokens=8192)
+    engine = Engine(model or make_writer(CONFIG), cache_tokens=8192)
     engine.submit(Request(prompt, tokens, layout=layout, until=frozenset(until)))
     branches: dict[int, list[int]] = {}
     while not engine.idle:
@@ -63,7 +44,7 @@ def run(layout, prompt, tokens, model=None, until=()):
 
 @jax.jit
 def choices(ids, positions, runs, marks):
-    graph, params = nnx.split(make_model())
+    graph, params = nnx.split(make_writer(CONFIG))
     logits = nnx.merge(graph, params)(
         ids[None], positions=positions[None], mask=Mask(runs, causal=True), branches=marks[None]
     )
@@ -230,7 +211,7 @@ def test_workers_write_all_their_tokens(arrangement):
 
 
 def test_streams_that_are_alike_may_share_a_prompt():
-    graph, params = nnx.split(make_model())
+    graph, params = nnx.split(make_writer(CONFIG))
     params = nnx.to_pure_dict(params)
     prefix = params["layers"]["mixer"]["streams"]
     for name in prefix:
