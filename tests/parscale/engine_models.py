@@ -11,7 +11,6 @@ from jaxtyping import Float
 from models.config import ModelConfig
 from models.segments import Layout
 from models.transformer import LanguageModel
-from parscale import engine_rows
 
 SMALL = dataclasses.replace(random_models.SMALL, streams=2)
 CLOSE = 1e-4
@@ -79,10 +78,3 @@ def check_best(logits: Float[np.ndarray, "T V"], tokens) -> None:
     assert len(logits) == len(tokens)
     chosen = np.take_along_axis(logits, tokens[:, None], 1)[:, 0]
     np.testing.assert_array_less(logits.max(1) - chosen, CLOSE)
-
-
-def use_few_shapes(monkeypatch) -> None:
-    """Has the engine compile its steps for few numbers of rows, tokens and blocks."""
-    monkeypatch.setattr(engine_rows, "FEWEST_ROWS", 4)
-    monkeypatch.setattr(engine_rows, "FEWEST_TOKENS", 32)
-    monkeypatch.setattr(engine_rows, "FEWEST_BLOCKS", 32)

@@ -2,28 +2,16 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
-from engine_models import SMALL, check_best, check_greedy, logits_of, make_model, use_few_shapes
+from engine_models import SMALL, check_best, check_greedy, logits_of, make_model
 
 from models.segments import Segment, lay_out
 from parscale.branches import Race, join
 from parscale.engine import Engine, Request
 from sharding.settings import InputError
 
-pytestmark = pytest.mark.usefixtures("little_optimization")
-
-
-@pytest.fixture(autouse=True)
-def few_shapes(request, monkeypatch):
-    """Default tests spend most of their time on compiling."""
-    slow = request.node.get_closest_marker("slow") is not None
-    if not slow:
-        use_few_shapes(monkeypatch)
-    yield
-    if slow:
-        jax.clear_caches()  # compiled steps take many of the memory maps of a process
+pytestmark = pytest.mark.usefixtures("little_optimization", "few_shapes")
 
 
 ROW = 160  # tokens of a whole text at most
