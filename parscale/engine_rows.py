@@ -79,7 +79,6 @@ class Group:
 
     def new_pools(self, blocks: int) -> tuple:
         """A cache of so many blocks, with nothing in them."""
-
         return engine_steps.new_pools(*self._whole, blocks, self.slots)
 
     def begin(self, pools: tuple) -> tuple:
