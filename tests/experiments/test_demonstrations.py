@@ -18,22 +18,25 @@ TINY_LOOKUP = (
 )  # fmt: skip
 
 
-def table(out):
-    header, *lines = (re.split("  +", line) for line in out.splitlines())
-    return [dict(zip(header, line, strict=True)) for line in lines]
+@pytest.fixture
+def finish(tmp_path, capfd):
+    """Runs a program to its end: its table, the rows of its CSV file, and what it told."""
+
+    def run(program, *words):
+        path = tmp_path / "table.csv"
+        code = runs.call(program, *words, f"--csv={path}")
+        out, error = capfd.readouterr()
+        assert code == 0, error
+        header, *lines = (re.split("  +", line) for line in out.splitlines())
+        lines = [dict(zip(header, line, strict=True)) for line in lines]
+        with path.open(newline="") as file:
+            return lines, list(csv.DictReader(file)), error
+
+    return run
 
 
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_sums(tmp_path, capfd):
-    path = tmp_path / "sums.csv"
-    code = runs.call(sums, *TINY_SUMS, "--seeds=3", f"--csv={path}")
-    out, error = capfd.readouterr()
-    assert code == 0, error
-    lines, rows = table(out), read_csv(path)
+def test_sums(finish):
+    lines, rows, error = finish(sums, *TINY_SUMS, "--seeds=3")
     assert [(line["form"], line["learned positions"], line["written"]) for line in lines] == [
         ("sequential", "one", "one"),
         ("fork", "shared", "shared"),
@@ -56,12 +59,8 @@ def test_sums(tmp_path, capfd):
     assert error.count("step 2/2") == 3
 
 
-def test_lookup(tmp_path, capfd):
-    path = tmp_path / "lookup.csv"
-    code = runs.call(lookup, *TINY_LOOKUP, "--seeds=3", f"--csv={path}")
-    out, error = capfd.readouterr()
-    assert code == 0, error
-    lines, rows = table(out), read_csv(path)
+def test_lookup(finish):
+    lines, rows, error = finish(lookup, *TINY_LOOKUP, "--seeds=3")
     readings = ("sequential", "parallel", "ape")
     # A tag, documents of 3 tokens, a tag and a key: all pairs of 9 and 18 tokens in a row, or of
     # each document with itself and the first tag and of the last two with all.
