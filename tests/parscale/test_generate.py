@@ -107,6 +107,16 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(sampling):
     assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws)).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-37, 1e-45])
+def test_the_smallest_temperatures_take_the_most_likely_token(temperature):
+    logits = np.array([[40.0, 50.0, 60.0, -30.0]], np.float32)
+    for sampling in (Sampling(temperature), Sampling(temperature, top_k=2, top_p=0.5)):
+        choice, method = as_arrays([(sampling, 0)], 1)
+        assert method == "random"
+        token = jax.jit(choose, static_argnums=3)(logits, choice, np.zeros(1, np.int32), method)
+        assert token.tolist() == [2]
+
+
 def test_candidates_of_many_rows_against_numpy():
     logits = (3 * np.random.default_rng(0).normal(size=(64, 30))).astype(np.float32)
     for top_k, top_p in itertools.product((0, 1, 5, 29, 31), (1e-6, 0.5, 0.95, 1.0)):
@@ -223,6 +233,7 @@ def test_ways_of_sampling_that_cannot_be_are_refused():
         ({"temperature": -0.1}, "temperature=-0.1"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_k": -1}, "top_k=-1"),
+        ({"top_k": 2**31}, "top_k=2147483648"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.1}, "top_p=1.1"),
     ):
