@@ -83,7 +83,8 @@ class Branch:
     Attributes:
       number: of the branch in its request, from 0.
       position: of the next token; may be set before a write.
-      mark: what `ModelConfig.branches` calls this branch; 0: none.
+      mark: what `ModelConfig.branches` calls this branch, up to that number; 0: none. A model that
+        has none of them takes any.
       new: tokens that its last write generated; one without tokens to write or generate, which
         puts the last generated token into the cache, leaves them.
       run: tokens that it has generated since it was last given some.

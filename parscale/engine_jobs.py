@@ -313,6 +313,11 @@ def _check_write(active: Active, write: Write) -> None:
         )
     if write.shared or branch.sees is not None or branch.position != branch.reached:
         active.check_forks()
+    if write.shared:
+        active.group.first()  # raises where the first stream cannot be computed alone
+    marks = active.group.config.branches
+    if marks and not 0 <= branch.mark <= marks:
+        raise InputError(f"{what} is marked {branch.mark}, but the model has branches={marks}")
     check_ids(active.group.config, what, write.tokens)
 
 

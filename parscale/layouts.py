@@ -120,8 +120,8 @@ class ThreadWeaver(Multiverse):
 class ParaThinker:
     """Thoughts beside each other, then a summary that sees them all (arXiv 2509.04475).
 
-    All thoughts stand at the same positions, and are told apart by their marks
-    (`ModelConfig.branches`) where the model has some.
+    All thoughts stand at the same positions, and are told apart by their marks where the model has
+    some (`ModelConfig.branches`), which must then be one for each thought.
 
     Attributes:
       thoughts: what the thoughts begin with, in order.

@@ -9,6 +9,7 @@ from engine_models import SMALL, check_best, check_greedy, logits_of, make_model
 from models.segments import Segment, lay_out
 from parscale.branches import Race, join
 from parscale.engine import Engine, Request
+from parscale.layouts import plain, shared_prompt
 from sharding.settings import InputError
 
 pytestmark = pytest.mark.usefixtures("little_optimization", "few_shapes")
@@ -327,6 +328,11 @@ def test_a_text_that_another_takes_over_is_read_as_if_it_stood_there():
     check_greedy(make_model(ALONE), line, tokens[6:], 40)
 
 
+def marked(branch, mark):
+    branch.mark = mark
+    return branch
+
+
 RECURRENT = dataclasses.replace(
     SMALL, mixers=("retention", "window"), window=4, key_dim=6, max_length=64
 )
@@ -347,6 +353,8 @@ RECURRENT = dataclasses.replace(
         (lambda root, _: [root.write([31])], "the write to branch 0 has token id 31"),
         (lambda root, _: [root.write([1], -1)], "generates -1 tokens"),
         (lambda root, _: [root.write([1], 2045)], "from position 3 to 2049, but the model's max"),
+        (lambda root, _: [marked(root, 4).write([1])], "marked 4, but the model has branches=3"),
+        (lambda root, _: [marked(root, -1).write([1])], "marked -1, but the model has"),
         (lambda root, other: [other.write([1])], "is to a branch of another request"),
         (lambda root, _: [root.write([1], 2, shared=True)], "generate by another write"),
         (lambda root, _: Race([p.write([1], 2) for p in root.fork(5)]), "has rows for 4"),
@@ -401,6 +409,16 @@ def test_what_a_recurrence_cannot_do_is_refused_by_name(wrong):
     error = str(run(script, make_model(RECURRENT)).error)
     assert "mixers=retention,window" in error
     assert "for attention alone" in error
+
+
+def test_a_first_stream_that_cannot_be_computed_alone_is_refused_by_name():
+    engine = Engine(make_model(dataclasses.replace(SMALL, transform="soft_tokens")), **SIZES)
+    numbers = [
+        engine.submit(Request([1, 2, 3], 4, layout=layout)) for layout in (plain, shared_prompt)
+    ]
+    results = engine.run()
+    assert len(results[numbers[0]].tokens) == 4
+    assert "transform=soft_tokens: the first stream" in str(results[numbers[1]].error)
 
 
 @pytest.mark.parametrize("layout", [lambda *_: [1], lambda *_: None, lambda *_: 1 / 0, lambda: 1])
