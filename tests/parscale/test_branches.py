@@ -18,6 +18,9 @@ pytestmark = pytest.mark.usefixtures("little_optimization", "few_shapes")
 ROW = 160  # tokens of a whole text at most
 # Of one stream, as plain as can be; branches are told apart by their marks.
 ALONE = dataclasses.replace(SMALL, streams=1, branches=3)
+RECURRENT = dataclasses.replace(
+    SMALL, mixers=("retention", "window"), window=4, key_dim=6, max_length=64
+)
 SIZES = {"cache_tokens": 2048, "rows": 4}
 
 
@@ -171,6 +174,27 @@ def test_a_race_stops_the_others_and_they_go_on_with_the_same_tokens(burst):
     for n, new in enumerate(found["first"]):
         tokens = [*new, *(found["later"][n - 1] if n else [])]
         check_greedy(make_model(ALONE), [*range(10), n], tokens, 40)
+
+
+@pytest.mark.parametrize("model", [ALONE, pytest.param(RECURRENT, marks=pytest.mark.slow)])
+def test_a_race_is_even_where_only_some_are_given_tokens(model):
+    lines = {}
+
+    def script(root, request):
+        yield [root.write(range(10))]
+        first, second = root.fork(2)
+        yield [first.write([1], 3), second.write([2], 3)]
+        lines[1], lines[2] = [1, *first.new, 5], [2, *second.new]
+        yield Race([first.write([5], 20), second.write((), 6)])
+        assert len(first.new) == len(second.new) == 6
+        lines[1] += first.new
+        lines[2] += second.new
+
+    assert run(script, make_model(model)).error is None
+    for number, line in lines.items():
+        given = np.isin(np.arange(len(line)), [0, 4] if number == 1 else [0])
+        logits = logits_of(make_model(model), [*range(10), *line], 40)[9:-1]
+        check_best(logits[~given], np.array(line)[~given])
 
 
 def test_tokens_that_follow_a_fork_or_a_prompt_need_no_new_one_before_them():
@@ -331,11 +355,6 @@ def test_a_text_that_another_takes_over_is_read_as_if_it_stood_there():
 def marked(branch, mark):
     branch.mark = mark
     return branch
-
-
-RECURRENT = dataclasses.replace(
-    SMALL, mixers=("retention", "window"), window=4, key_dim=6, max_length=64
-)
 
 
 @pytest.mark.parametrize(
