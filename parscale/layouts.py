@@ -113,6 +113,7 @@ class ThreadWeaver(Multiverse):
 
     def join(self, texts: list[list[int]], paths: list[Branch]) -> tuple[Branch, Tokens]:
         again = [token for text in texts[1:] for token in text]
+        paths[0].chain = max(path.chain for path in paths)  # it has to wait for all of them
         return paths[0], (*again, *self.conclusion)
 
 

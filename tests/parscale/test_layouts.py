@@ -110,6 +110,19 @@ def test_paths_that_the_model_asks_for(kind):
     assert result.ledger.longest == 4 + 5 + 4
 
 
+def test_paths_that_are_read_again_are_waited_for():
+    layout = ThreadWeaver(NEVER, NEVER, PATHS, NEVER, (17,), most=9)
+
+    def script(root, request):
+        yield [root.write(request.prompt, 2)]
+        paths = root.fork(2)
+        yield [paths[0].write([11], 2), paths[1].write([12], 9)]
+        last, begin = layout.join([[11, *paths[0].new], [12, *paths[1].new]], paths)
+        yield [last.write(begin, 3)]
+
+    assert run(script, [97, 99, 104, 110], 1)[0].ledger.longest == 2 + 9 + 3
+
+
 @pytest.mark.slow
 def test_paths_fork_again():
     prompt, new = a_prompt_that_forks(3)
@@ -143,12 +156,9 @@ def test_thoughts_and_their_summary(first_ends):
     end = thoughts[1][2]
     layout = dataclasses.replace(free, ends=((end,),), first_ends=True)
     result, stopped = run(layout, prompt, 6)
-    ends = [new.index(end) + 1 if end in new else 7 for new in thoughts]
-    for number in range(3):
-        have = stopped[1 + number]
-        assert have == thoughts[number][: len(have)]
-    assert min(len(stopped[1 + number]) for number in range(3)) <= min(ends)
-    assert result.ledger.longest <= 7 + 6
+    most = min(new.index(end) + 1 if end in new else 7 for new in thoughts)
+    assert [stopped[1 + number] for number in range(3)] == [new[:most] for new in thoughts]
+    assert result.ledger.longest == most + 6
 
 
 def test_contexts_read_apart():
