@@ -334,6 +334,17 @@ def test_one_worker_alone_writes_as_plain_decoding_does():
     check_greedy(make_model(ALONE), [*range(7), 2, 3], tokens, 40)
 
 
+def test_a_text_that_is_moved_with_what_follows_it_goes_on_as_before():
+    def script(root, request):
+        yield [root.write(range(7))]
+        root.move(100)
+        root.position += 100
+        yield [root.write([2, 3], 8)]
+        return root.new
+
+    check_greedy(make_model(ALONE), [*range(7), 2, 3], run(script).tokens, 40)
+
+
 def test_a_text_that_another_takes_over_is_read_as_if_it_stood_there():
     def script(root, request):
         a, b = root.fork(2)
@@ -368,6 +379,9 @@ def marked(branch, mark):
         (lambda root, _: root.fork(0), "a fork into 0 branches"),
         (lambda root, _: root.part(0), "part 0 of a view: expected 1 or more"),
         (lambda root, _: root.part(1, 0.0), "temperature=0.0 of part 1"),
+        (lambda root, _: (join([root]), root.move(1)), "move of branch 0, from which branch 1"),
+        (lambda root, _: (join([root]), root.part(1)), "part of branch 0, from which branch 1"),
+        (lambda root, _: (join([b := root.fork()[0]]), root.take(b)), "take of branch 1, from"),
         (lambda root, _: [root.write(), root.write()], "branches [0, 0] at once"),
         (lambda root, _: [root.write([31])], "the write to branch 0 has token id 31"),
         (lambda root, _: [root.write([1], -1)], "generates -1 tokens"),
