@@ -69,6 +69,8 @@ def main(options: flags.FlagValues) -> int | None:
     found: dict[tuple, list] = {}
     with program.Interruption() as interruption, file or contextlib.nullcontext():
         for config in configs:
+            if interruption.requested is not None:
+                break
             print(f"seed {config.train.seed}", file=sys.stderr, flush=True)
             run = _train(task, config, interruption)
             if run is None:
@@ -85,8 +87,7 @@ def main(options: flags.FlagValues) -> int | None:
                     tasks.write_row(file, COLUMNS, options, config, run, **own)
                 if interruption.requested is not None:
                     break
-    print(_table(found, seeds))
-    return interruption.exit_code
+    return tasks.finish(_table(found, seeds), interruption)
 
 
 def _read_counts(words: list[str], task) -> list[int]:

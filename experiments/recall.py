@@ -70,6 +70,8 @@ def main(options: flags.FlagValues) -> int | None:
     with program.Interruption() as interruption, file or contextlib.nullcontext():
         runs = [(name, config) for name in options.mixers for config in configs[name]]
         for name, config in runs:
+            if interruption.requested is not None:
+                break
             print(f"{name}, seed {config.train.seed}", file=sys.stderr, flush=True)
             score = learn(
                 task, config, test_rows, should_stop=lambda: interruption.requested is not None
@@ -81,8 +83,7 @@ def main(options: flags.FlagValues) -> int | None:
             if file:
                 own = {"mixer": name, "accuracy": f"{score.accuracy:.4f}"}
                 tasks.write_row(file, COLUMNS, options, config, score, **own)
-    print(_table(scores, seeds))
-    return interruption.exit_code
+    return tasks.finish(_table(scores, seeds), interruption)
 
 
 def _config(options: flags.FlagValues, task, name: str, seed: int):

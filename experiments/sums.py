@@ -73,6 +73,8 @@ def main(options: flags.FlagValues) -> int | None:
     found: dict[tuple, list] = {}
     with program.Interruption() as interruption, file or contextlib.nullcontext():
         for config, learned in itertools.product(configs, WRITTEN):
+            if interruption.requested is not None:
+                break
             seed = config.train.seed
             print(f"{' '.join(learned)}, seed {seed}", file=sys.stderr, flush=True)
             run = _train(task, config, learned, interruption)
@@ -87,8 +89,9 @@ def main(options: flags.FlagValues) -> int | None:
                     own = dict(zip(COLUMNS, (*learned, written), strict=False))
                     own |= score._asdict() | {"accuracy": f"{score.accuracy:.4f}"}
                     tasks.write_row(file, COLUMNS, options, config, run, **own)
-    print(_table(found, seeds))
-    return interruption.exit_code
+                if interruption.requested is not None:
+                    break
+    return tasks.finish(_table(found, seeds), interruption)
 
 
 def _train(task, config, learned: tuple[str, str], interruption: program.Interruption):

@@ -1,11 +1,13 @@
 """What the programs that train small models on drawn tasks have in common: flags, tables, runs."""
 
 import csv
+import sys
 from collections.abc import Sequence
 from typing import TextIO
 
 from absl import flags
 
+from experiments import program
 from sharding.settings import InputError
 
 INIT_STD = 0.1
@@ -129,3 +131,11 @@ def write_row(
     }
     csv.DictWriter(file, columns).writerow(row | own)
     file.flush()
+
+
+def finish(table: str, interruption: program.Interruption) -> int:
+    """Prints a program's table, and that it was interrupted, if so; gives the exit code."""
+    print(table, flush=True)
+    if interruption.requested is not None:
+        print("interrupted: the table is of what was finished", file=sys.stderr)
+    return interruption.exit_code

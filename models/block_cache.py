@@ -14,7 +14,6 @@ Block 0 of the memory of each device belongs to nobody: padding is written there
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from models.layers import apply_rope, rope_tables
 from pallas_kernels import attention
+from pallas_kernels.linear.aaren import AarenState, merge_parts
 from pallas_kernels.masks import Mask
 from pallas_kernels.masks.mask import one_run
 from sharding import rules
@@ -212,23 +212,10 @@ def _attend(rope_theta, q, k, v, kept, pool, view, mask, prefix):
         )
         # A part of which nothing is seen counts for nothing, also where its factor is 0.
         weight = lse * factor[:, number, None, None, None]
-        results.append((out, jnp.where(jnp.isfinite(lse), weight, lse)))
-    return merge(*zip(*results, strict=True)).astype(q.dtype), pool
-
-
-def merge(
-    outs: Sequence[Float[Array, "*lead h"]], weights: Sequence[Float[Array, "*lead"]]
-) -> Float[Array, "*lead h"]:
-    """The sum of outputs, each times the softmax over them of its logarithmic weight; float32.
-
-    With their log-sum-exps for weights this is the attention over all that they attended to. A
-    weight of -inf counts for nothing, and where all are -inf the sum is zero.
-    """
-    weights = jnp.stack(weights)
-    top = jnp.max(weights, 0)
-    weights = jnp.exp(weights - jnp.where(jnp.isfinite(top), top, 0.0))
-    weights = weights / jnp.maximum(jnp.sum(weights, 0), jnp.finfo(weights.dtype).tiny)
-    return jnp.sum(jnp.stack(outs) * weights[..., None], 0)
+        weight = jnp.where(jnp.isfinite(lse), weight, lse)
+        results.append(AarenState(weight, jnp.ones_like(weight), out))
+    _, total, out = functools.reduce(merge_parts, results)
+    return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q.dtype), pool
 
 
 def _with_own_runs(runs: Array, mask: Mask, length: int) -> Array:

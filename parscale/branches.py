@@ -83,7 +83,8 @@ class Branch:
     Attributes:
       number: of the branch in its request, from 0.
       position: of the next token; may be set before a write.
-      mark: what `ModelConfig.branches` calls this branch; 0: none.
+      mark: what `ModelConfig.branches` calls this branch, up to that number; 0: none. A model that
+        has none of them takes any.
       new: tokens that its last write generated; one without tokens to write or generate, which
         puts the last generated token into the cache, leaves them.
       run: tokens that it has generated since it was last given some.
@@ -183,8 +184,12 @@ class Branch:
         return sum(entry.count for entry in self.entries)
 
     def move(self, by: int) -> None:
-        """Moves what it sees by so many positions."""
-        self.check_alive("move")
+        """Moves what it sees by so many positions.
+
+        Raises:
+          InputError: the branch was dropped, or another has yet to read it (`check_unread`).
+        """
+        self.check_unread("move")
         self.owner.check_forks()
         for entry in self.entries:
             entry.shift += by
@@ -200,9 +205,10 @@ class Branch:
         """Makes what it wrote itself so far a part of the view, as APE does with contexts.
 
         Raises:
-          InputError: part 0, which is everything else; or a temperature or factor of 0 or less.
+          InputError: part 0, which is everything else; a temperature or factor of 0 or less; the
+            branch was dropped, or another has yet to read it (`check_unread`).
         """
-        self.check_alive("part")
+        self.check_unread("part")
         self.owner.check_forks()
         if number < 1:
             raise InputError(f"part {number} of a view: expected 1 or more, 0 is all the rest")
@@ -224,10 +230,11 @@ class Branch:
         Both have to count their positions from 0, as branches with `sees` do.
 
         Raises:
-          InputError: the last token of one of them is not in the cache: write nothing to it first.
+          InputError: the last token of one of them is not in the cache: write nothing to it first;
+            one was dropped, or another branch has yet to read it (`check_unread`).
         """
         for branch in (self, other):
-            branch.check_alive("take")
+            branch.check_unread("take")
             if branch.pending is not None:
                 raise InputError(
                     f"take of branch {branch.number}, whose last token is not in the cache yet: "
@@ -298,6 +305,18 @@ class Branch:
         """Raises InputError if the branch is no more; `what` is what was wanted of it."""
         if self.dropped:
             raise InputError(f"{what} of branch {self.number}, which was dropped or has ended")
+
+    def check_unread(self, what: str) -> None:
+        """Raises InputError if the branch is no more, or a join or fork of it has no token yet.
+
+        Those see what it has when they are first written to, which is not to change before.
+        """
+        self.check_alive(what)
+        if self.followers:
+            raise InputError(
+                f"{what} of branch {self.number}, from which branch {self.followers[0].number} "
+                "goes on: write to that one first"
+            )
 
 
 def join(branches: Sequence[Branch], position: int | None = None) -> Branch:

@@ -55,6 +55,13 @@ class Job:
         branch.set_shared(write.shared)
         active.written += len(write.tokens)
 
+    def write_pending(self) -> None:
+        """Has its branch's last token written as given ones are, if it is not in the cache."""
+        pending = self.branch.pending
+        if pending and not self.left:
+            self.text = np.array([pending], np.int32).T
+            self.branch.cached = True
+
     @property
     def left(self) -> int:
         """How many tokens are not written yet."""
@@ -151,6 +158,9 @@ class Active:
                         for follower in list(write.branch.followers):
                             gather(follower)
                 self.jobs = [Job(self, write) for write in writes]
+                if self.race and any(job.left for job in self.jobs):
+                    for job in self.jobs:  # each then has one token when they go on side by side
+                        job.write_pending()
         except Exception as error:  # of somebody's script: the other requests go on
             return self.failure(error)
         return None
@@ -214,6 +224,8 @@ class Active:
         """Its jobs that have nothing left but to generate: all of them or none, if `together`."""
         if self.together and any(job.left for job in self.jobs):
             return []
+        if self.race and any(job.ended for job in self.jobs):
+            return []  # by its first token: the others stop there too
         return [job for job in self.jobs if not job.ended and not job.left]
 
     @property
@@ -313,6 +325,11 @@ def _check_write(active: Active, write: Write) -> None:
         )
     if write.shared or branch.sees is not None or branch.position != branch.reached:
         active.check_forks()
+    if write.shared:
+        active.group.first()  # raises where the first stream cannot be computed alone
+    marks = active.group.config.branches
+    if marks and not 0 <= branch.mark <= marks:
+        raise InputError(f"{what} is marked {branch.mark}, but the model has branches={marks}")
     check_ids(active.group.config, what, write.tokens)
 
 

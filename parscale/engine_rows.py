@@ -80,7 +80,6 @@ class Group:
 
     def new_pools(self, blocks: int) -> tuple:
         """A cache of so many blocks, with nothing in them."""
-
         return engine_steps.new_pools(*self._whole, blocks, self.slots)
 
     def begin(self, pools: tuple) -> tuple:
@@ -188,7 +187,7 @@ class Group:
         if not any(job.most and job.left == counts[job] for job in taking):
             method = "greedy"
         states = self._gather_states(rows)
-        graph, params = self._first if shared else self._whole
+        graph, params = self.first() if shared else self._whole
         step, _ = engine_steps.of_graph(graph)
         new, pools, states = step(params, pools, states, tokens, seen, choice, method=method)
         new, done = np.asarray(new), []
@@ -346,9 +345,12 @@ class Group:
         """For each stream of each row the block that belongs to nobody, int32 `[B, P]`."""
         return np.repeat(self._padding[:, :streams], batch // self._row_parts, 0)
 
-    @property
-    def _first(self) -> tuple[nnx.GraphDef, Any]:
-        """The graph and the weights of what computes the first stream alone."""
+    def first(self) -> tuple[nnx.GraphDef, Any]:
+        """The graph and the weights of what computes the first stream alone.
+
+        Raises:
+          InputError: there is no such model (`models.growth.first_stream`).
+        """
         if self._first_stream is None:
             self._first_stream = _split(first_stream(self.model))
         return self._first_stream

@@ -113,6 +113,7 @@ class ThreadWeaver(Multiverse):
 
     def join(self, texts: list[list[int]], paths: list[Branch]) -> tuple[Branch, Tokens]:
         again = [token for text in texts[1:] for token in text]
+        paths[0].chain = max(path.chain for path in paths)  # it has to wait for all of them
         return paths[0], (*again, *self.conclusion)
 
 
@@ -120,8 +121,8 @@ class ThreadWeaver(Multiverse):
 class ParaThinker:
     """Thoughts beside each other, then a summary that sees them all (arXiv 2509.04475).
 
-    All thoughts stand at the same positions, and are told apart by their marks
-    (`ModelConfig.branches`) where the model has some.
+    All thoughts stand at the same positions, and are told apart by their marks where the model has
+    some (`ModelConfig.branches`), which must then be one for each thought.
 
     Attributes:
       thoughts: what the thoughts begin with, in order.

@@ -19,7 +19,8 @@ class Request:
       prompt: token ids.
       tokens: how many new ones at most; of one branch, where a layout has several.
       sampling: how they are chosen.
-      until: runs of tokens, the first of which to be generated ends the request.
+      until: runs of tokens, the first of which to be generated ends the text, or the text of one
+        worker; what paths and thoughts end with is the layout's.
       streams: P, where the engine has models of several; 0: of the only one.
       layout: the script that writes it.
     """

@@ -32,8 +32,8 @@ class Sampling:
     def __post_init__(self):
         if not self.temperature >= 0:
             raise InputError(f"temperature={self.temperature}: expected 0 (greedy) or more")
-        if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k}: expected 0 (all tokens) or more")
+        if not 0 <= self.top_k < 2**31:
+            raise InputError(f"top_k={self.top_k}: expected 0 (all tokens) to 2**31 - 1")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p={self.top_p}: expected more than 0, at most 1")
         if not 0 <= self.seed < 2**32:
@@ -90,6 +90,8 @@ def choose(
     if method == "greedy":
         return best
     warm = choice.temperature > 0
+    # The best is 0 first: divided by a small temperature, others would overflow beside it.
+    logits = logits - jnp.max(logits, -1, keepdims=True)
     logits = logits / jnp.where(warm, choice.temperature, 1.0)[:, None]
     # Sorting is left out where no row asks for it, without compiling for each of the two cases.
     filtered = jnp.any((choice.top_k > 0) | (choice.top_p < 1))

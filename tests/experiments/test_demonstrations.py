@@ -2,6 +2,7 @@
 
 import csv
 import re
+import signal
 
 import pytest
 import runs
@@ -18,6 +19,20 @@ TINY_LOOKUP = (
 )  # fmt: skip
 
 
+@pytest.fixture
+def finish(tmp_path, capfd):
+    """Runs a program to its end: its table, the rows of its CSV file, and what it told."""
+
+    def run(program, *words):
+        path = tmp_path / "table.csv"
+        code = runs.call(program, *words, f"--csv={path}")
+        out, error = capfd.readouterr()
+        assert code == 0, error
+        return table(out), read_csv(path), error
+
+    return run
+
+
 def table(out):
     header, *lines = (re.split("  +", line) for line in out.splitlines())
     return [dict(zip(header, line, strict=True)) for line in lines]
@@ -28,12 +43,8 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_sums(tmp_path, capfd):
-    path = tmp_path / "sums.csv"
-    code = runs.call(sums, *TINY_SUMS, "--seeds=3", f"--csv={path}")
-    out, error = capfd.readouterr()
-    assert code == 0, error
-    lines, rows = table(out), read_csv(path)
+def test_sums(finish):
+    lines, rows, error = finish(sums, *TINY_SUMS, "--seeds=3")
     assert [(line["form"], line["learned positions"], line["written"]) for line in lines] == [
         ("sequential", "one", "one"),
         ("fork", "shared", "shared"),
@@ -56,12 +67,8 @@ def test_sums(tmp_path, capfd):
     assert error.count("step 2/2") == 3
 
 
-def test_lookup(tmp_path, capfd):
-    path = tmp_path / "lookup.csv"
-    code = runs.call(lookup, *TINY_LOOKUP, "--seeds=3", f"--csv={path}")
-    out, error = capfd.readouterr()
-    assert code == 0, error
-    lines, rows = table(out), read_csv(path)
+def test_lookup(finish):
+    lines, rows, error = finish(lookup, *TINY_LOOKUP, "--seeds=3")
     readings = ("sequential", "parallel", "ape")
     # A tag, documents of 3 tokens, a tag and a key: all pairs of 9 and 18 tokens in a row, or of
     # each document with itself and the first tag and of the last two with all.
@@ -81,6 +88,34 @@ def test_lookup(tmp_path, capfd):
         assert line["temperature, scale"] == (factors if row["reading"] == "ape" else "-")
         assert (row["seed"], row["documents"], row["keys"]) == ("3", "2", "4")
     assert error.count("step 2/2") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words", "number", "reached", "least"),
+    [
+        ("sums", (*TINY_SUMS, "--steps=1000000"), signal.SIGTERM, "step 200/1000000", 0),
+        ("sums", TINY_SUMS, signal.SIGINT, "fork shared, seed 0", 1),
+        ("lookup", TINY_LOOKUP, signal.SIGTERM, "1 documents, sequential", 1),
+    ],
+)
+def test_a_signal_ends_with_what_was_finished(name, words, number, reached, least, cache, tmp_path):
+    path = tmp_path / "table.csv"
+    process = runs.start(name, *words, "--seeds=0,1", f"--csv={path}", cache=cache)
+    assert any(reached in line for line in process.stderr)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, error
+    assert "Traceback" not in error
+    assert error.splitlines()[-1] == "interrupted: the table is of what was finished"
+    # What was going on may have come to its end, but nothing was begun after it.
+    assert "seed" not in error
+    lines, rows = table(out), read_csv(path)
+    assert len(lines) == len(rows) in (least, least + 1)
+    for line, row in zip(lines, rows, strict=True):
+        assert float(line["seed 0"].rstrip("%")) / 100 == pytest.approx(float(row["accuracy"]))
+        assert line["seed 1"] == "-"
+        assert None not in (*row, *row.values())  # no part of a row
 
 
 @pytest.mark.parametrize(("program", "words"), [(sums, TINY_SUMS), (lookup, TINY_LOOKUP)])

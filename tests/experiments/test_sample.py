@@ -151,7 +151,7 @@ def test_a_reader_may_leave(two, monkeypatch, capfd):
         (["--prompt=x", "--tokens=5000"], "model's max_length=2048"),
         (["--prompt=x", "--tokens=x"], "--tokens=x: expected an integer"),
         (["--prompt=x", "--temperature=-1"], "temperature=-1.0: expected 0 (greedy) or more"),
-        (["--prompt=x", "--top_k=-1"], "top_k=-1: expected 0 (all tokens) or more"),
+        (["--prompt=x", "--top_k=-1"], "top_k=-1: expected 0 (all tokens) to 2**31 - 1"),
         (["--prompt=x", "--top_p=0"], "top_p=0.0: expected more than 0"),
         (["--prompt=x", "--seed=-1"], "--seed=-1"),
         (["--prompt=x", "--streams=4"], "--streams=4: {two} has no run with 4 streams, only"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.block_cache import BlockPool, Parts, View, attend_view, merge
+from models.block_cache import BlockPool, Parts, View, attend_view
 from models.segments import Segment, lay_out
 from pallas_kernels import masks
 from sharding.mesh import MeshConfig, make_mesh
@@ -178,11 +178,25 @@ def test_a_part_that_a_row_sees_nothing_of_counts_for_nothing():
     assert_as_expected(attended(case)[0], case)
 
 
-def test_merging_without_any_weight_is_zero():
-    outs, none = jnp.ones((2, 3, 4)), jnp.full((2, 3), -jnp.inf)
-    np.testing.assert_array_equal(merge(outs, none), 0)
-    some = none.at[0, 1].set(-1e4)
-    np.testing.assert_array_equal(merge(outs, some), [[0] * 4, [1] * 4, [0] * 4])
+def test_parts_of_which_nothing_is_seen_are_zero():
+    case = random_case(1, 1, parts=3)
+    blocks, counts = case[4].blocks.copy(), case[4].counts.copy()
+    blocks[0], counts[0] = 0, 0  # not even the token's own place
+    factor = case[4].parts.factor.copy()
+    factor[:, 1] = 0
+    parts = case[4].parts._replace(factor=factor)
+    case = with_view(case, blocks=blocks, counts=counts, parts=parts)
+
+    def outputs(q, k, v):
+        return attended((q, k, v, *case[3:]))[0]
+
+    found, pull = jax.vjp(outputs, *case[:3])
+    np.testing.assert_array_equal(found[0], 0)
+    qkv, view = jax.tree.map(lambda x: x[1:], (case[:3], case[4]))
+    assert_as_expected(found[1:], (*qkv, case[3], view, *case[5:]))
+    for gradient in pull(jnp.ones_like(found)):
+        assert np.isfinite(gradient).all()
+        np.testing.assert_array_equal(gradient[0], 0)
 
 
 @pytest.mark.parametrize("length", [1, 4])

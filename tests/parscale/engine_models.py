@@ -3,37 +3,41 @@
 import dataclasses
 import functools
 
-import jax
 import numpy as np
+import random_models
 from flax import nnx
 from jaxtyping import Float
 
 from models.config import ModelConfig
 from models.segments import Layout
 from models.transformer import LanguageModel
-from parscale import engine_rows
 
-SMALL = ModelConfig(
-    vocab_size=31, width=32, layers=2, heads=4, kv_heads=2, mlp_width=48, tied_embeddings=False,
-    streams=2, transform_size=4,
-)  # fmt: skip
+SMALL = dataclasses.replace(random_models.SMALL, streams=2)
 CLOSE = 1e-4
 """Between logits of size 5: the same float32 sums in another order."""
 RUNS = 16
 
 
 @functools.cache
-def make_model(config: ModelConfig = SMALL, seed: int = 0) -> LanguageModel:
-    """A model in which every weight counts, also those that are 0 or 1 at first."""
-    graph, weights = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(seed)
+def make_model(config: ModelConfig = SMALL) -> LanguageModel:
+    """A model in which every weight counts."""
+    return random_models.make_model(config)
 
-    def draw(path, leaf):
-        offset = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return (offset + 0.3 * rng.normal(size=leaf.shape)).astype(np.float32)
 
-    params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(weights))
-    return nnx.merge(graph, jax.device_put(params))
+@functools.cache
+def make_writer(config: ModelConfig) -> LanguageModel:
+    """A model over byte tokens that writes letters, hardly any of them twice in a row.
+
+    Args:
+      config: with tied embeddings, for tokens with small embeddings then have logits near 0.
+    """
+    assert config.tied_embeddings
+    graph, params = nnx.split(random_models.make_model(config))
+    params = nnx.to_pure_dict(params)
+    letters = np.zeros(config.vocab_size, bool)
+    letters[97:123] = True
+    params["embedding"] = params["embedding"] * np.where(letters, 2.0, 0.2)[:, None]
+    return nnx.merge(graph, params)
 
 
 def logits_of(
@@ -59,7 +63,7 @@ def logits_of(
         arguments |= {"positions": pad(layout.positions), "mask": mask}
     if marks is not None:
         arguments["branches"] = pad(marks)
-    return np.asarray(_call(*nnx.split(model), pad(ids), arguments))[0, :size]
+    return random_models.forward(model, pad(ids), **arguments)[0, :size]
 
 
 def check_greedy(model: LanguageModel, prompt, tokens, length: int) -> None:
@@ -74,15 +78,3 @@ def check_best(logits: Float[np.ndarray, "T V"], tokens) -> None:
     assert len(logits) == len(tokens)
     chosen = np.take_along_axis(logits, tokens[:, None], 1)[:, 0]
     np.testing.assert_array_less(logits.max(1) - chosen, CLOSE)
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _call(graph, params, ids, arguments):
-    return nnx.merge(graph, params)(ids, **arguments)
-
-
-def use_few_shapes(monkeypatch) -> None:
-    """Has the engine compile its steps for few numbers of rows, tokens and blocks."""
-    monkeypatch.setattr(engine_rows, "FEWEST_ROWS", 4)
-    monkeypatch.setattr(engine_rows, "FEWEST_TOKENS", 32)
-    monkeypatch.setattr(engine_rows, "FEWEST_BLOCKS", 32)

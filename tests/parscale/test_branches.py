@@ -2,33 +2,26 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
-from engine_models import SMALL, check_best, check_greedy, logits_of, make_model, use_few_shapes
+from engine_models import SMALL, check_best, check_greedy, logits_of, make_model
+from numpy_texts import Reference
 
 from models.segments import Segment, lay_out
 from parscale.branches import Race, join
 from parscale.engine import Engine, Request
+from parscale.layouts import plain, shared_prompt
 from sharding.settings import InputError
 
-pytestmark = pytest.mark.usefixtures("little_optimization")
-
-
-@pytest.fixture(autouse=True)
-def few_shapes(request, monkeypatch):
-    """Default tests spend most of their time on compiling."""
-    slow = request.node.get_closest_marker("slow") is not None
-    if not slow:
-        use_few_shapes(monkeypatch)
-    yield
-    if slow:
-        jax.clear_caches()  # compiled steps take many of the memory maps of a process
+pytestmark = pytest.mark.usefixtures("little_optimization", "few_shapes")
 
 
 ROW = 160  # tokens of a whole text at most
 # Of one stream, as plain as can be; branches are told apart by their marks.
 ALONE = dataclasses.replace(SMALL, streams=1, branches=3)
+RECURRENT = dataclasses.replace(
+    SMALL, mixers=("retention", "window"), window=4, key_dim=6, max_length=64
+)
 SIZES = {"cache_tokens": 2048, "rows": 4}
 
 
@@ -184,6 +177,27 @@ def test_a_race_stops_the_others_and_they_go_on_with_the_same_tokens(burst):
         check_greedy(make_model(ALONE), [*range(10), n], tokens, 40)
 
 
+@pytest.mark.parametrize("model", [ALONE, pytest.param(RECURRENT, marks=pytest.mark.slow)])
+def test_a_race_is_even_where_only_some_are_given_tokens(model):
+    lines = {}
+
+    def script(root, request):
+        yield [root.write(range(10))]
+        first, second = root.fork(2)
+        yield [first.write([1], 3), second.write([2], 3)]
+        lines[1], lines[2] = [1, *first.new, 5], [2, *second.new]
+        yield Race([first.write([5], 20), second.write((), 6)])
+        assert len(first.new) == len(second.new) == 6
+        lines[1] += first.new
+        lines[2] += second.new
+
+    assert run(script, make_model(model)).error is None
+    for number, line in lines.items():
+        given = np.isin(np.arange(len(line)), [0, 4] if number == 1 else [0])
+        logits = logits_of(make_model(model), [*range(10), *line], 40)[9:-1]
+        check_best(logits[~given], np.array(line)[~given])
+
+
 def test_tokens_that_follow_a_fork_or_a_prompt_need_no_new_one_before_them():
     found = []
 
@@ -214,62 +228,6 @@ def script_line(model, count):
     tokens = run(script, model).tokens
     check_greedy(model, range(6), tokens, 40)
     return tokens
-
-
-class Reference:
-    """A model of one stream that keeps the keys of texts at positions from 0, in NumPy."""
-
-    def __init__(self, model):
-        self.model, self.config = model, model.config
-        self.texts: dict[str, list] = {}  # of each token its keys and values in every layer
-
-    def rotate(self, x, position):
-        half = x.shape[-1] // 2
-        turn = position * self.config.rope_theta ** (-np.arange(half) / half)
-        a, b = x[..., :half], x[..., half:]
-        cos, sin = np.cos(turn), np.sin(turn)
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-    def norm(self, module, x):
-        x = x / np.sqrt(np.mean(x**2) + self.config.norm_eps)
-        return x * np.asarray(module.scale[...])
-
-    def read(self, tokens: dict[str, int], sees: dict[str, list[str]]) -> dict[str, int]:
-        """Appends a token to some texts at once; the most likely next one of each."""
-        model, config = self.model.unstack(), self.config
-        own = {name: len(self.texts.setdefault(name, [])) for name in tokens}
-        for name in tokens:
-            self.texts[name].append([])
-        x = {name: np.asarray(model.embedding[...])[token] for name, token in tokens.items()}
-        for index in range(config.layers):
-            layer, queries = model.layers[index], {}
-            at = layer.mixer
-            for name in tokens:
-                y = self.norm(layer.mixer_norm, x[name])
-                q, k, v = (
-                    np.einsum("d,dnh->nh", y, np.asarray(w[...])) + np.asarray(bias[...])
-                    for w, bias in ((at.q, at.q_bias), (at.k, at.k_bias), (at.v, at.v_bias))
-                )
-                before = sum(len(self.texts[other]) for other in sees[name])
-                queries[name] = self.rotate(q, before + own[name])
-                self.texts[name][-1].append((self.rotate(k, own[name]), v))
-            for name, q in queries.items():
-                keys, values, offset = [], [], 0
-                for other in [*sees[name], name]:
-                    keys += [self.rotate(token[index][0], offset) for token in self.texts[other]]
-                    values += [token[index][1] for token in self.texts[other]]
-                    offset += len(self.texts[other])
-                q = q.reshape(config.kv_heads, -1, config.head_dim)
-                scores = np.einsum("kgh,skh->kgs", q, np.array(keys)) * config.head_dim**-0.5
-                weights = np.exp(scores - scores.max(-1, keepdims=True))
-                weights /= weights.sum(-1, keepdims=True)
-                out = np.einsum("kgs,skh->kgh", weights, np.array(values))
-                y = x[name] + np.einsum("nh,nhd->d", out.reshape(config.heads, -1), at.o[...])
-                z = self.norm(layer.mlp_norm, y)
-                gate, up = (z @ np.asarray(w[...]) for w in (layer.mlp.gate, layer.mlp.up))
-                x[name] = y + (gate / (1 + np.exp(-gate)) * up) @ np.asarray(layer.mlp.down[...])
-        head = np.asarray(model.head_weight())
-        return {name: int(np.argmax(self.norm(model.norm, x[name]) @ head)) for name in tokens}
 
 
 def test_workers_that_see_each_other_against_numpy():
@@ -321,6 +279,17 @@ def test_one_worker_alone_writes_as_plain_decoding_does():
     check_greedy(make_model(ALONE), [*range(7), 2, 3], tokens, 40)
 
 
+def test_a_text_that_is_moved_with_what_follows_it_goes_on_as_before():
+    def script(root, request):
+        yield [root.write(range(7))]
+        root.move(100)
+        root.position += 100
+        yield [root.write([2, 3], 8)]
+        return root.new
+
+    check_greedy(make_model(ALONE), [*range(7), 2, 3], run(script).tokens, 40)
+
+
 def test_a_text_that_another_takes_over_is_read_as_if_it_stood_there():
     def script(root, request):
         a, b = root.fork(2)
@@ -339,9 +308,9 @@ def test_a_text_that_another_takes_over_is_read_as_if_it_stood_there():
     check_greedy(make_model(ALONE), line, tokens[6:], 40)
 
 
-RECURRENT = dataclasses.replace(
-    SMALL, mixers=("retention", "window"), window=4, key_dim=6, max_length=64
-)
+def marked(branch, mark):
+    branch.mark = mark
+    return branch
 
 
 @pytest.mark.parametrize(
@@ -355,10 +324,15 @@ RECURRENT = dataclasses.replace(
         (lambda root, _: root.fork(0), "a fork into 0 branches"),
         (lambda root, _: root.part(0), "part 0 of a view: expected 1 or more"),
         (lambda root, _: root.part(1, 0.0), "temperature=0.0 of part 1"),
+        (lambda root, _: (join([root]), root.move(1)), "move of branch 0, from which branch 1"),
+        (lambda root, _: (join([root]), root.part(1)), "part of branch 0, from which branch 1"),
+        (lambda root, _: (join([b := root.fork()[0]]), root.take(b)), "take of branch 1, from"),
         (lambda root, _: [root.write(), root.write()], "branches [0, 0] at once"),
         (lambda root, _: [root.write([31])], "the write to branch 0 has token id 31"),
         (lambda root, _: [root.write([1], -1)], "generates -1 tokens"),
         (lambda root, _: [root.write([1], 2045)], "from position 3 to 2049, but the model's max"),
+        (lambda root, _: [marked(root, 4).write([1])], "marked 4, but the model has branches=3"),
+        (lambda root, _: [marked(root, -1).write([1])], "marked -1, but the model has"),
         (lambda root, other: [other.write([1])], "is to a branch of another request"),
         (lambda root, _: [root.write([1], 2, shared=True)], "generate by another write"),
         (lambda root, _: Race([p.write([1], 2) for p in root.fork(5)]), "has rows for 4"),
@@ -413,6 +387,16 @@ def test_what_a_recurrence_cannot_do_is_refused_by_name(wrong):
     error = str(run(script, make_model(RECURRENT)).error)
     assert "mixers=retention,window" in error
     assert "for attention alone" in error
+
+
+def test_a_first_stream_that_cannot_be_computed_alone_is_refused_by_name():
+    engine = Engine(make_model(dataclasses.replace(SMALL, transform="soft_tokens")), **SIZES)
+    numbers = [
+        engine.submit(Request([1, 2, 3], 4, layout=layout)) for layout in (plain, shared_prompt)
+    ]
+    results = engine.run()
+    assert len(results[numbers[0]].tokens) == 4
+    assert "transform=soft_tokens: the first stream" in str(results[numbers[1]].error)
 
 
 @pytest.mark.parametrize("layout", [lambda *_: [1], lambda *_: None, lambda *_: 1 / 0, lambda: 1])

@@ -6,7 +6,7 @@ import gc
 import jax
 import numpy as np
 import pytest
-from engine_models import SMALL, check_best, check_greedy, logits_of, make_model, use_few_shapes
+from engine_models import SMALL, check_best, check_greedy, logits_of, make_model
 
 from models.config import MIXERS
 from models.growth import first_stream
@@ -16,19 +16,7 @@ from parscale.sampling import Sampling
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.settings import InputError
 
-pytestmark = pytest.mark.usefixtures("little_optimization")
-
-
-@pytest.fixture(autouse=True)
-def few_shapes(request, monkeypatch):
-    """Default tests spend most of their time on compiling."""
-    slow = request.node.get_closest_marker("slow") is not None
-    if not slow:
-        use_few_shapes(monkeypatch)
-    yield
-    if slow:
-        jax.clear_caches()  # compiled steps take many of the memory maps of a process
-
+pytestmark = pytest.mark.usefixtures("little_optimization", "few_shapes")
 
 ALONE = dataclasses.replace(SMALL, streams=1)
 # All but those of one test have a cache of this size, which steps are compiled for.
@@ -388,62 +376,6 @@ def test_ten_thousand_short_requests_leave_nothing():
     blocks, arrays, objects = growth(10_000)
     assert (blocks, arrays) == (0, 0)
     assert objects < 500
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"prompt": []}, "request 1 is empty"),
-        ({"tokens": 0}, "request 1: tokens=0: expected at least 1"),
-        ({"prompt": [1, 31]}, "request 1 has token id 31, but the model's vocabulary is 31"),
-        ({"prompt": [-1]}, "request 1 has token id -1"),
-        ({"prompt": ["a"]}, "request 1 has 'a': expected token ids"),
-        ({"prompt": [1.0]}, "request 1 has 1.0: expected token ids"),
-        (
-            {"prompt": [1] * 100},
-            "request 1 of 100 tokens and 29 new ones are more than the model's",
-        ),
-        (
-            {"prompt": [1] * 99},
-            "request 1 needs 8 blocks of the cache for each stream, which has 4",
-        ),
-        ({"streams": 3}, "request 1 wants streams=3: the engine has models of 1"),
-    ],
-)
-def test_requests_that_could_never_be_run(fields, message):
-    engine = Engine(make_model(dataclasses.replace(ALONE, max_length=128)), cache_tokens=64)
-    number = engine.submit(Request([1], 29))
-    with pytest.raises(InputError) as error:
-        engine.submit(Request(**{"prompt": [1], "tokens": 29} | fields))
-    assert message in str(error.value)
-    assert not engine.idle
-    engine.cancel(number)
-    assert engine.idle
-
-
-def test_engines_that_cannot_be():
-    models = family(1, 2)
-    for name in ("cache_tokens", "rows", "slots", "burst"):
-        with pytest.raises(InputError, match=f"{name}=0: expected at least 1"):
-            Engine(models, **{"cache_tokens": 64, name: 0})
-    with pytest.raises(InputError, match="without a model"):
-        Engine({}, cache_tokens=64)
-    with pytest.raises(InputError, match="streams=4 has 2"):
-        Engine({4: models[2]}, cache_tokens=64)
-    with pytest.raises(InputError, match="layers=2 and 1"):
-        Engine({1: models[1], 2: family(2, layers=1)[2]}, cache_tokens=64)
-    soft = family(2, transform="soft_tokens", transform_size=40)[2]
-    with pytest.raises(InputError, match="less than what stands before every text"):
-        Engine(soft, cache_tokens=64)
-
-
-def test_what_soft_tokens_hold_is_not_counted_as_room():
-    model = family(2, transform="soft_tokens")[2]
-    engine = Engine(model, **SIZES)  # 32 blocks, of which the soft tokens take one of each stream
-    with pytest.raises(InputError, match=r"request 0 needs 16 blocks .* which has 15"):
-        engine.submit(Request([1] * 240, 10))
-    engine.submit(Request([1] * 14, 226))
-    assert engine.memory.most((0, 0)) == 15
 
 
 def test_choices_depend_on_seed_index_branch_and_position():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_models
 from flax import nnx
 
 from models.config import ModelConfig
@@ -21,14 +22,7 @@ def make_model(streams: int = STREAMS) -> LanguageModel:
         vocab_size=20, width=32, layers=1, heads=4, kv_heads=2, mlp_width=48, streams=streams,
         transform_size=4, layer_loop="scan",
     )  # fmt: skip
-    graph, weights = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        offset = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return jnp.asarray(offset + 0.5 * rng.normal(size=leaf.shape), jnp.float32)
-
-    return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(weights)))
+    return random_models.make_model(config, std=0.5)
 
 
 def make_batches() -> list[dict[str, np.ndarray]]:

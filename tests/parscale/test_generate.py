@@ -5,13 +5,12 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine_models import make_writer
 from flax import nnx
 
 from models.config import ModelConfig
-from models.transformer import LanguageModel
 from parscale import generate
 from parscale.generate import TextRow
 from parscale.sampling import GREEDY, Sampling, as_arrays, choose, keep_candidates
@@ -28,36 +27,18 @@ WARM = Sampling(temperature=1.0, seed=3)
 
 
 @functools.cache
-def make_model() -> LanguageModel:
-    """A random model whose next tokens are mostly letters of one byte, so that text comes out."""
-    graph, weights = nnx.split(nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        offset = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return jnp.asarray(offset + 0.3 * rng.normal(size=leaf.shape), jnp.float32)
-
-    params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(weights))
-    letters = np.zeros(CONFIG.vocab_size, bool)
-    letters[97:123] = True
-    # A tied head: tokens with small embeddings have logits near 0.
-    params["embedding"] = params["embedding"] * np.where(letters, 2.0, 0.2)[:, None]
-    return nnx.merge(graph, params)
-
-
-@functools.cache
 def warm_tokens() -> np.ndarray:
-    return generate.generate(make_model(), PROMPTS, TOKENS, WARM)
+    return generate.generate(make_writer(CONFIG), PROMPTS, TOKENS, WARM)
 
 
 @jax.jit
 def next_logits(ids):
-    graph, params = nnx.split(make_model())
+    graph, params = nnx.split(make_writer(CONFIG))
     return nnx.merge(graph, params)(ids)
 
 
 def test_greedy_tokens_are_those_of_the_forward_pass():
-    found = generate.generate(make_model(), PROMPTS, TOKENS)
+    found = generate.generate(make_writer(CONFIG), PROMPTS, TOKENS)
     assert found.shape == (3, TOKENS)
     for prompt, row in zip(PROMPTS, found, strict=True):
         whole = np.zeros((1, 6 + TOKENS), np.int32)
@@ -67,21 +48,23 @@ def test_greedy_tokens_are_those_of_the_forward_pass():
 
 
 def test_a_row_depends_on_itself_alone():
-    alone = generate.generate(make_model(), PROMPTS[:1], TOKENS, WARM)
+    alone = generate.generate(make_writer(CONFIG), PROMPTS[:1], TOKENS, WARM)
     np.testing.assert_array_equal(alone[0], warm_tokens()[0])
     other = [PROMPTS[0], [20] * 9, PROMPTS[2]]
-    beside = generate.generate(make_model(), other, TOKENS, WARM)
+    beside = generate.generate(make_writer(CONFIG), other, TOKENS, WARM)
     np.testing.assert_array_equal(beside[[0, 2]], warm_tokens()[[0, 2]])
     # Rows with the same prompt make choices of their own.
-    same = generate.generate(make_model(), [PROMPTS[0]] * 3, TOKENS, WARM)
+    same = generate.generate(make_writer(CONFIG), [PROMPTS[0]] * 3, TOKENS, WARM)
     assert len({tuple(row) for row in same}) == 3
     np.testing.assert_array_equal(same[0], warm_tokens()[0])
 
 
 def test_the_seed_counts():
-    again = generate.generate(make_model(), PROMPTS, TOKENS, WARM)
+    again = generate.generate(make_writer(CONFIG), PROMPTS, TOKENS, WARM)
     np.testing.assert_array_equal(again, warm_tokens())
-    other = generate.generate(make_model(), PROMPTS, TOKENS, Sampling(temperature=1.0, seed=4))
+    other = generate.generate(
+        make_writer(CONFIG), PROMPTS, TOKENS, Sampling(temperature=1.0, seed=4)
+    )
     assert (other != warm_tokens()).mean() > 0.5
 
 
@@ -124,6 +107,16 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(sampling):
     assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws)).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-37, 1e-45])
+def test_the_smallest_temperatures_take_the_most_likely_token(temperature):
+    logits = np.array([[40.0, 50.0, 60.0, -30.0]], np.float32)
+    for sampling in (Sampling(temperature), Sampling(temperature, top_k=2, top_p=0.5)):
+        choice, method = as_arrays([(sampling, 0)], 1)
+        assert method == "random"
+        token = jax.jit(choose, static_argnums=3)(logits, choice, np.zeros(1, np.int32), method)
+        assert token.tolist() == [2]
+
+
 def test_candidates_of_many_rows_against_numpy():
     logits = (3 * np.random.default_rng(0).normal(size=(64, 30))).astype(np.float32)
     for top_k, top_p in itertools.product((0, 1, 5, 29, 31), (1e-6, 0.5, 0.95, 1.0)):
@@ -138,7 +131,7 @@ def text_of(ids) -> str:
 
 
 def streamed_pieces(prompts, tokens, **options) -> list[list[str]]:
-    engine = generate.engine_for(make_model(), prompts, tokens)
+    engine = generate.engine_for(make_writer(CONFIG), prompts, tokens)
     numbers = generate.submit_all(engine, prompts, tokens, WARM)
     return list(generate.stream_text(engine, ByteTokenizer(), numbers, **options))
 
@@ -146,7 +139,7 @@ def streamed_pieces(prompts, tokens, **options) -> list[list[str]]:
 def test_streamed_text_is_the_completed_text():
     prompts = ["abc", "x", "some"]
     encoded = [ByteTokenizer().encode(prompt) for prompt in prompts]
-    model = make_model()
+    model = make_writer(CONFIG)
     pieces = streamed_pieces(encoded, TOKENS)
     assert len(pieces) > 2
     streamed = ["".join(parts) for parts in zip(*pieces, strict=True)]
@@ -162,7 +155,7 @@ def test_streamed_text_is_the_completed_text():
 
 def test_generation_ends_when_every_row_has_stopped():
     encoded = [ByteTokenizer().encode("abc")]
-    stop = generate.complete(make_model(), ByteTokenizer(), ["abc"], 28, WARM)[0][3:5]
+    stop = generate.complete(make_writer(CONFIG), ByteTokenizer(), ["abc"], 28, WARM)[0][3:5]
     assert len(streamed_pieces(encoded, 28, stops=[stop])) <= 3
 
 
@@ -230,7 +223,7 @@ def test_text_is_given_out_as_soon_as_it_is_certain():
 )
 def test_prompts_that_cannot_be_continued_are_refused(prompts, tokens, words):
     with pytest.raises(InputError) as error:
-        generate.generate(make_model(), prompts, tokens)
+        generate.generate(make_writer(CONFIG), prompts, tokens)
     for word in words:
         assert word in str(error.value)
 
@@ -240,6 +233,7 @@ def test_ways_of_sampling_that_cannot_be_are_refused():
         ({"temperature": -0.1}, "temperature=-0.1"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_k": -1}, "top_k=-1"),
+        ({"top_k": 2**31}, "top_k=2147483648"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.1}, "top_p=1.1"),
     ):

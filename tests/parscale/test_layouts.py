@@ -1,17 +1,16 @@
 """Layouts: every token that they generate is the model's choice, given who sees whom, and where."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine_models import make_writer
 from flax import nnx
 
 from models.config import ModelConfig
 from models.segments import Segment, lay_out
-from models.transformer import LanguageModel
 from pallas_kernels.masks import Mask
 from parscale import layout_text, layouts
 from parscale.engine import Engine, Request
@@ -28,27 +27,9 @@ REST = ("contiguous", "combined")
 PATHS = ((11, 12), (13,), (14, 15, 16))
 
 
-@functools.cache
-def make_model() -> LanguageModel:
-    """A random model that writes letters, hardly any of them twice in a row."""
-    graph, weights = nnx.split(nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        offset = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return jnp.asarray(offset + 0.3 * rng.normal(size=leaf.shape), jnp.float32)
-
-    params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(weights))
-    letters = np.zeros(CONFIG.vocab_size, bool)
-    letters[97:123] = True
-    # A tied head: tokens with small embeddings have logits near 0.
-    params["embedding"] = params["embedding"] * np.where(letters, 2.0, 0.2)[:, None]
-    return nnx.merge(graph, params)
-
-
 def run(layout, prompt, tokens, model=None, until=()):
     """The result of a request, and what each of its branches generated, write after write."""
-    engine = Engine(model or make_model(), cache_tokens=8192)
+    engine = Engine(model or make_writer(CONFIG), cache_tokens=8192)
     engine.submit(Request(prompt, tokens, layout=layout, until=frozenset(until)))
     branches: dict[int, list[int]] = {}
     while not engine.idle:
@@ -63,7 +44,7 @@ def run(layout, prompt, tokens, model=None, until=()):
 
 @jax.jit
 def choices(ids, positions, runs, marks):
-    graph, params = nnx.split(make_model())
+    graph, params = nnx.split(make_writer(CONFIG))
     logits = nnx.merge(graph, params)(
         ids[None], positions=positions[None], mask=Mask(runs, causal=True), branches=marks[None]
     )
@@ -129,6 +110,19 @@ def test_paths_that_the_model_asks_for(kind):
     assert result.ledger.longest == 4 + 5 + 4
 
 
+def test_paths_that_are_read_again_are_waited_for():
+    layout = ThreadWeaver(NEVER, NEVER, PATHS, NEVER, (17,), most=9)
+
+    def script(root, request):
+        yield [root.write(request.prompt, 2)]
+        paths = root.fork(2)
+        yield [paths[0].write([11], 2), paths[1].write([12], 9)]
+        last, begin = layout.join([[11, *paths[0].new], [12, *paths[1].new]], paths)
+        yield [last.write(begin, 3)]
+
+    assert run(script, [97, 99, 104, 110], 1)[0].ledger.longest == 2 + 9 + 3
+
+
 @pytest.mark.slow
 def test_paths_fork_again():
     prompt, new = a_prompt_that_forks(3)
@@ -162,12 +156,9 @@ def test_thoughts_and_their_summary(first_ends):
     end = thoughts[1][2]
     layout = dataclasses.replace(free, ends=((end,),), first_ends=True)
     result, stopped = run(layout, prompt, 6)
-    ends = [new.index(end) + 1 if end in new else 7 for new in thoughts]
-    for number in range(3):
-        have = stopped[1 + number]
-        assert have == thoughts[number][: len(have)]
-    assert min(len(stopped[1 + number]) for number in range(3)) <= min(ends)
-    assert result.ledger.longest <= 7 + 6
+    most = min(new.index(end) + 1 if end in new else 7 for new in thoughts)
+    assert [stopped[1 + number] for number in range(3)] == [new[:most] for new in thoughts]
+    assert result.ledger.longest == most + 6
 
 
 def test_contexts_read_apart():
@@ -230,7 +221,7 @@ def test_workers_write_all_their_tokens(arrangement):
 
 
 def test_streams_that_are_alike_may_share_a_prompt():
-    graph, params = nnx.split(make_model())
+    graph, params = nnx.split(make_writer(CONFIG))
     params = nnx.to_pure_dict(params)
     prefix = params["layers"]["mixer"]["streams"]
     for name in prefix:

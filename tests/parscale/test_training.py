@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from random_models import random_params
 
 from models.config import ModelConfig
-from models.transformer import LanguageModel
 from parscale.config import Config, DataConfig, TrainConfig
 from parscale.training import Training
 from sharding.mesh import MeshConfig, make_mesh
@@ -63,15 +62,7 @@ def make_training(mesh: MeshConfig | None = None, *, model=None, data=None, **tr
 @functools.cache
 def initial_params(streams: int = 2) -> dict:
     """NumPy weights that every run starts from."""
-    config = dataclasses.replace(MODEL, streams=streams)
-    abstract = nnx.state(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(1)
-
-    def draw(path, leaf):
-        offset = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return (offset + 0.1 * rng.normal(size=leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(abstract))
+    return random_params(dataclasses.replace(MODEL, streams=streams), seed=1, std=0.1)
 
 
 @functools.cache

@@ -18,18 +18,26 @@ SMALL = ModelConfig(
 TRANSFORMS = ("prefix", "soft_tokens", "low_rank", "bias")
 
 
-def make_model(config: ModelConfig, seed: int = 0) -> LanguageModel:
-    """A model in which every weight counts, also those that are 0 or 1 at first."""
-    abstract = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    graph, weights = nnx.split(abstract)
+def make_model(config: ModelConfig, seed: int = 0, std: float = 0.3) -> LanguageModel:
+    """A model with the weights of `random_params`."""
+    graph = nnx.graphdef(_abstract(config))
+    return nnx.merge(graph, jax.device_put(random_params(config, seed, std)))
+
+
+def random_params(config: ModelConfig, seed: int, std: float) -> dict:
+    """NumPy weights of which every one counts, also those that are 0 or 1 at first."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         offset = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return (offset + 0.3 * rng.normal(size=leaf.shape)).astype(np.float32)
+        return (offset + std * rng.normal(size=leaf.shape)).astype(np.float32)
 
-    params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(weights))
-    return nnx.merge(graph, jax.device_put(params))
+    weights = nnx.to_pure_dict(nnx.state(_abstract(config)))
+    return jax.tree_util.tree_map_with_path(draw, weights)
+
+
+def _abstract(config: ModelConfig) -> LanguageModel:
+    return nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
 
 
 def random_ids(config: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:
