@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from parscale.engine_jobs import Job
 
 # What steps are compiled for are numbers up to a power of 2 from these on: rows, tokens of a row
-# (or a single one), blocks of a view (or none, or one and a half times a power of 2), ends of a
-# row, parts; when tokens are written, up to a power of 4 of rows and blocks. With 16 rows and texts
-# of 2048 tokens in blocks of 16 this is at most 168 steps that write (3 rows, 7 tokens, 4 blocks,
-# greedy or not) and 90 that generate (5 rows, 9 blocks).
+# (or a single one), blocks of a view (or none), ends of a row, parts; when tokens are written, up
+# to a power of 4 of rows and blocks. With 16 rows and texts of 2048 tokens in blocks of 16 this is
+# at most 168 steps that write (3 rows, 7 tokens, 4 blocks, greedy or not) and 90 that generate
+# (5 rows, 9 blocks: also one and a half times a power of 2).
 # On CPU every compiled step takes some 240 of the 65530 memory maps that Linux grants a process.
 FEWEST_ROWS, FEWEST_TOKENS, FEWEST_BLOCKS, FEWEST_ENDS, FEWEST_PARTS = 1, 16, 8, 4, 2
 
@@ -36,13 +36,15 @@ class Text:
     """Where a branch stands before a pass: what it sees, and where its next token goes.
 
     Attributes:
-      entries: of the cache, those of its own text last.
+      entries: of the cache, those of its own text last, then the empty ones that the pass may need.
+      promised: how many they would be with all blocks that are kept for the branch.
       tail: the place in `entries` of the block that the next token goes to.
       filled: slots of that block that are full.
       place: of a branch that sees others, the position of the next token and that of its key.
     """
 
     entries: list[Entry]
+    promised: int
     tail: int
     filled: int
     place: tuple[int, int] | None
@@ -160,7 +162,9 @@ class Group:
         keys, marks, steps = positions.copy(), positions.copy(), np.arange(length)
         where[:] = self._nobodys(batch, streams)[..., None] * self.slots
         texts_of_rows = [texts[job] if job else None for job in rows]
-        seen = self._seen(texts_of_rows, rows, streams, factor=4)
+        most = max(len(texts[job].entries) for job in taking)
+        most = most and rounded(most, FEWEST_BLOCKS, 4)
+        seen = self._seen(texts_of_rows, rows, streams, most)
         for row, job in enumerate(rows):
             if job is None:
                 continue
@@ -242,7 +246,7 @@ class Group:
             tail, filled, self._nobodys(batch, streams), most, until,
             races,
         )  # fmt: skip
-        seen = self._seen(texts, rows, streams)
+        seen = self._seen(texts, rows, streams, _most_blocks([text for text in texts if text]))
         choice, method = as_arrays([_sampling(job) for job in rows], batch)
         states, some = self._states, self._has_states and batch < len(self._rows)
         if some:
@@ -267,8 +271,7 @@ class Group:
         Args:
           job: which.
           counted: tokens of the pass, 0 or 1, that count as written already.
-          ahead: further tokens that are generated in it; the spare blocks that these may need are
-            at the end of what it sees.
+          ahead: further tokens that are generated in it.
         """
         branch, offset = job.branch, 0
         entries = list(self.soft_entries[job.active.row_part])
@@ -283,11 +286,11 @@ class Group:
         if branch.grows:  # as it is before the pass
             entries[-1] = dataclasses.replace(entries[-1])
         needed = -(-(filled + ahead) // self.slots) - (not full)
+        promised = len(entries) + len(branch.spare)
         entries += [Entry(blocks, 0, offset) for blocks in branch.spare[: max(0, needed)]]
-        if branch.sees is None:
-            return Text(entries, tail, filled, None)
         own = branch.length - counted
-        return Text(entries, tail, filled, (offset + own, own))
+        place = None if branch.sees is None else (offset + own, own)
+        return Text(entries, promised, tail, filled, place)
 
     def _commit(self, branch: Branch, count: int) -> np.ndarray:
         """Counts `count` more tokens as written; their places `[P, count]`."""
@@ -311,13 +314,9 @@ class Group:
         texts: Sequence[Text | None],
         rows: "Sequence[Job | None]",
         streams: int,
-        factor: int = 2,
+        most: int,
     ) -> Seen:
         batch = len(texts)
-        most = max(len(text.entries) for text in texts if text)
-        if most:
-            steps = (FEWEST_BLOCKS, FEWEST_BLOCKS * 3 // 2) if factor == 2 else (FEWEST_BLOCKS,)
-            most = min(rounded(most, step, factor) for step in steps)
         blocks = np.repeat(self._nobodys(batch, streams)[..., None], most, -1)
         counts, shifts, parts = (np.zeros((batch, most), np.int32) for _ in range(3))
         for row, text in enumerate(texts):
@@ -361,6 +360,17 @@ class Group:
             return self._states
         every = [self.first_states if job is None else job.branch.states for job in rows]
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, self._axis), *every)
+
+
+def _most_blocks(texts: Sequence[Text]) -> int:
+    """How many blocks the views have in which texts grow."""
+    # Few numbers, as each is compiled for; but no more than the texts may ever need.
+    most = max(len(text.entries) for text in texts)
+    promised = max(text.promised for text in texts)
+    if not promised:
+        return 0
+    promised = min(rounded(promised, least) for least in (FEWEST_BLOCKS, FEWEST_BLOCKS * 3 // 2))
+    return min(rounded(most, FEWEST_BLOCKS, 4), promised)
 
 
 def rounded(count: int, least: int, factor: int = 2) -> int:
