@@ -39,14 +39,31 @@ def _split(x):
 
 
 def _dot(a, b, axes):
+    """The product for one head; of several, jax would put their axis between the others where only
+    `b` has it, and Mosaic would move every row."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(
-        a,
-        b,
-        (((axes[0],), (axes[1],)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+
+    def dot(batch, a, b):
+        contracting = tuple((len(batch) + axis,) for axis in axes)
+        return lax.dot_general(
+            a,
+            b,
+            (contracting, (batch, batch)),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+
+    of_heads = jax.custom_batching.custom_vmap(lambda a, b: dot((), a, b))
+
+    @of_heads.def_vmap
+    def _(size, batched, *operands):
+        a, b = (
+            x if has_heads else jnp.broadcast_to(x, (size, *x.shape))
+            for x, has_heads in zip(operands, batched, strict=True)
+        )
+        return dot((0,), a, b), True
+
+    return of_heads(a, b)
 
 
 def _product_forward(narrow, a, b, axes):
