@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.linear.gates import Rows
 from pallas_kernels.linear.options import LOWEST, Inputs, NormalizedState, Options
-from pallas_kernels.linear.tpu_tile import LANES, Form, State
+from pallas_kernels.linear.tpu_products import LANES
+from pallas_kernels.linear.tpu_tile import Form, State
 
 TILE = 128
 ARRAYS_OF_A_TILE = {
@@ -82,6 +83,11 @@ class Layout(NamedTuple):
         return lax.div(group * self.heads, self.shared * self.key_heads)
 
     @property
+    def together(self) -> int:
+        """Tiles whose pairs are made together: with the delta rule they are a long chain."""
+        return min(2 if self.form.delta else 1, self.chunk // self.tile)
+
+    @property
     def splits(self) -> int:
         """Groups that share a key head, and each give a part of its gradient."""
         return max(1, self.shared // self.heads)
@@ -125,7 +131,7 @@ def memory(layout: Layout, back: bool) -> int:
     if L.form.by_key:
         tokens += (1 + back) * 4 * L.heads * L.hk
     states = 4 * L.heads * L.hk * L.hv
-    kept = states * (L.chunk // L.tile) if back else 0
+    kept = states * (L.chunk // (L.together * L.tile)) if back else 0
     own = ARRAYS_OF_A_TILE[L.form.by_key, L.form.delta][back]
     # Products of full precision take their operands apart.
     own *= (size // 2) * 4 * L.heads * L.tile * max(L.tile, L.hk, L.hv)
