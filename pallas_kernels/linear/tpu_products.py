@@ -31,9 +31,9 @@ NARROW = {"bfloat16": Parts(1, 1, 1), "float32": Parts(0, 0, 0)}
 """By the name of the type of the inputs."""
 
 
-def precise(narrow: str, a: int = 2, b: int = 2) -> Parts:
+def precise(narrow: str, a: int = 2, b: int = 2, g: int = 2) -> Parts:
     """Those of a product in which errors of type `narrow` would grow."""
-    return Parts(0, 0, 0) if narrow == "float32" else Parts(a, b, 2)
+    return Parts(0, 0, 0) if narrow == "float32" else Parts(a, b, g)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

@@ -68,7 +68,7 @@ class Pairs(NamedTuple):
     """What a tile's tokens are to each other and to states, before any state is known.
 
     Attributes:
-      scores: `[C, C]`, of queries and keys.
+      scores: `[C, C]`, of queries and keys; with the delta rule times the scale.
       overlap, inverse: `[C, C]`, of keys with each other, strictly lower triangular, and the
         inverse of I + `overlap`; None without the delta rule.
       enter, restart, leave: `[C, 1]` or `[C, hk]`, factors as in `Rows`; None: 1.
@@ -99,7 +99,7 @@ def make_pairs(
     columns, rows = {**columns, **fixed[0]}, {**rows, **fixed[1]}
     visible = _visible(q.shape[0], columns, rows)
     enter, restart, leave = (columns.get(name) for name in ("enter", "restart", "leave"))
-    # Keys and queries are exact. What correlated keys write changes sign from token to token.
+    # Keys and queries are exact.
     dot = functools.partial(
         product, precise(form.narrow, 1, 1) if form.delta else NARROW[form.narrow]
     )
@@ -126,6 +126,8 @@ def make_pairs(
         overlap = jnp.where(_strict(q.shape[0]), of_pairs(k), 0.0) * columns["beta"]
         inverse = unit_lower_inverse(form.narrow, lax.stop_gradient(overlap))
     scores = _times(rows.get("weight"), of_pairs(q))
+    if form.delta:
+        scores = scores * form.scale
     return Pairs(scores, overlap, inverse, enter, restart, leave)
 
 
@@ -152,19 +154,20 @@ def pass_tile(
     if form.delta:
         found = sum(_read(form, k, factor, state) for factor, state in states)
         v = solved(form.narrow, pairs.inverse, pairs.overlap, beta * (v - found))
-    if form.delta:
-        dot = functools.partial(product, precise(form.narrow, 1 if form.by_key else 2))
-        out = dot(pairs.scores, v, (1, 0))
-        out += sum(_read(form, q, factor, state) for factor, state in states)
+        # What correlated keys write changes sign from token to token: sums lose digits. But the
+        # gradient of the product is that of the output, which is exact.
+        dot = functools.partial(product, precise(form.narrow, 1 if form.by_key else 2, 2, 1))
+        reads = sum(_read(form, q, factor, state) for factor, state in states)
+        out = dot(pairs.scores, v, (1, 0)) + reads * form.scale
     else:
         dot = functools.partial(product, NARROW[form.narrow])
         reads = [(_times(factor, q), state) for factor, state in states]
         out = _joined(dot, [(pairs.scores, v), *((x, state.matrix) for x, state in reads)])
-    if form.normalize:
-        total = _row_sums([pairs.scores, *(x * state.normalizer for x, state in reads)])
-        out = divided(out, total, floor) * (1.0 if form.scale > 0 else -1.0)
-    else:
-        out = out * form.scale
+        if form.normalize:
+            total = _row_sums([pairs.scores, *(x * state.normalizer for x, state in reads)])
+            out = divided(out, total, floor) * (1.0 if form.scale > 0 else -1.0)
+        else:
+            out = out * form.scale
     if form.delta and not form.by_key:
         added = product(precise(form.narrow, 1), k, _times(pairs.leave, v), (0, 0))
     else:
