@@ -156,7 +156,7 @@ def pass_tile(
         v = solved(form.narrow, pairs.inverse, pairs.overlap, beta * (v - found))
         # What correlated keys write changes sign from token to token: sums lose digits. But the
         # gradient of the product is that of the output, which is exact.
-        dot = functools.partial(product, precise(form.narrow, 1 if form.by_key else 2, 2, 1))
+        dot = functools.partial(product, precise(form.narrow, g=1))
         reads = sum(_read(form, q, factor, state) for factor, state in states)
         out = dot(pairs.scores, v, (1, 0)) + reads * form.scale
     else:
