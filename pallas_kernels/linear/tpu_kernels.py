@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.linear.tpu_layout import Layout
-from pallas_kernels.linear.tpu_tile import State, Tokens, tile
+from pallas_kernels.linear.tpu_tile import State, Tokens, make_pairs, pass_tile
 
 VMEM_LIMIT = 15 * 2**20
 """Bytes; the least of any target is 16 MiB."""
@@ -140,13 +140,13 @@ def _forward_kernel(layout, names, refs):
             begin, end = refs.get(f"initial_{part}"), refs[f"end_{part}"]
             end[...] = jnp.zeros(end.shape, end.dtype) if begin is None else begin[...]
 
-    function = _tile_of_heads(layout)
     state, again = _states(refs, "end"), _states(refs, "restart")
     _put_states(refs, "starts", state)
-    for index in range(layout.chunk // layout.tile):
-        tokens, gates, fixed = _load(layout, names, refs, index)
-        out, state = function(fixed, tokens, *gates, state, again)
-        _put(refs["out"], layout, index, out)
+    for group in _groups(layout):
+        moving, fixed = _load(layout, names, refs, group)
+        outs, state = _pass(layout, fixed, moving, state, again)
+        for index, out in zip(group, outs, strict=True):
+            _put(refs["out"], layout, index, out)
     _put_states(refs, "end", state)
 
 
@@ -159,49 +159,76 @@ def _backward_kernel(layout, names, refs):
                 ref = refs[f"d_restart_{part}"]
                 ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
-    tiles = range(layout.chunk // layout.tile)
-    function = _tile_of_heads(layout)
     state, again = _states(refs, "starts"), _states(refs, "restart")
-    # The states before each tile once more, so that one tile at a time holds what it computed.
+    groups = _groups(layout)
+    # The states before each group once more, so that one at a time holds what it computed.
     before = [state]
-    for index in tiles[:-1]:
-        tokens, gates, fixed = _load(layout, names, refs, index)
-        before.append(function(fixed, tokens, *gates, before[-1], again)[1])
+    for group in groups[:-1]:
+        moving, fixed = _load(layout, names, refs, group)
+        before.append(_pass(layout, fixed, moving, before[-1], again)[1])
     dstate, dagain = _states(refs, "d_initial"), _states(refs, "d_restart")
-    for index in reversed(tiles):
-        tokens, gates, fixed = _load(layout, names, refs, index)
-        take = functools.partial(function, fixed)
-        _, pull = jax.vjp(take, tokens, *gates, before[index], again)
-        dout = _take(refs["dout"], layout, index, layout.heads)
-        dtokens, dcolumns, drows, dstate, more = pull((dout, dstate))
+    for group, state in zip(reversed(groups), reversed(before), strict=True):
+        moving, fixed = _load(layout, names, refs, group)
+        _, pull = jax.vjp(functools.partial(_pass, layout, fixed), moving, state, again)
+        douts = [_take(refs["dout"], layout, index, layout.heads) for index in group]
+        dmoving, dstate, more = pull((douts, dstate))
         dagain = jax.tree.map(jnp.add, dagain, more)
-        for name in ("q", "k"):
-            x = getattr(dtokens, name)
-            x = x.reshape(layout.key_heads, -1, *x.shape[1:])
-            _put(refs[f"d_{name}"], layout, index, jnp.sum(x, 1))
-        _put(refs["d_v"], layout, index, dtokens.v)
-        if "d_decay" in refs:
-            _put(refs["d_decay"], layout, index, dtokens.decay)
-        tokens = _tokens(layout, index)
-        for i, name in enumerate(names.get("columns", ())):
-            for head in range(layout.heads):
-                lane = i * layout.heads + head
-                refs["d_columns"][tokens, lane : lane + 1] = dcolumns[name][head]
-        for i, name in enumerate(names.get("rows", ())):
-            for head in range(layout.heads):
-                line = i * layout.heads + head
-                refs["d_rows"][index, line : line + 1] = drows[name][head]
+        for index, gradients in zip(group, dmoving, strict=True):
+            _put_gradients(layout, names, refs, index, *gradients)
     _put_states(refs, "d_initial", dstate)
     _put_states(refs, "d_restart", dagain)
 
 
-def _tile_of_heads(layout):
-    # Operation by operation for all heads, so that those of one do not wait for each other.
-    return jax.vmap(functools.partial(tile, layout.form))
+def _put_gradients(layout, names, refs, index, dtokens, dcolumns, drows):
+    for name in ("q", "k"):
+        x = getattr(dtokens, name)
+        x = x.reshape(layout.key_heads, -1, *x.shape[1:])
+        _put(refs[f"d_{name}"], layout, index, jnp.sum(x, 1))
+    _put(refs["d_v"], layout, index, dtokens.v)
+    if "d_decay" in refs:
+        _put(refs["d_decay"], layout, index, dtokens.decay)
+    tokens = _tokens(layout, index)
+    for i, name in enumerate(names.get("columns", ())):
+        for head in range(layout.heads):
+            lane = i * layout.heads + head
+            refs["d_columns"][tokens, lane : lane + 1] = dcolumns[name][head]
+    for i, name in enumerate(names.get("rows", ())):
+        for head in range(layout.heads):
+            line = i * layout.heads + head
+            refs["d_rows"][index, line : line + 1] = drows[name][head]
 
 
-def _load(layout, names, refs, index):
-    """A tile of all heads: `Tokens`, the gates with gradients, those without."""
+def _groups(layout):
+    """The indices of the tiles of a chunk, those together whose pairs are made together."""
+    tiles = range(layout.chunk // layout.tile)
+    return [tiles[i : i + layout.together] for i in tiles[:: layout.together]]
+
+
+def _pass(layout, fixed, moving, state, again):
+    """The outputs of some tiles, and the state after them.
+
+    What does not depend on the state is made of all tiles and heads operation by operation, the
+    rest for all heads, so that those of one do not wait for each other.
+    """
+    form, count = layout.form, len(moving)
+    flat = functools.partial(jax.tree.map, lambda *x: jnp.concatenate(x))
+    pairs = jax.vmap(functools.partial(make_pairs, form))(flat(*fixed), *flat(*moving))
+    parts, tree = jax.tree.flatten(pairs)
+    pairs = zip(*(jnp.split(x, count) for x in parts), strict=True)
+    take, outs = jax.vmap(functools.partial(pass_tile, form)), []
+    for (columns, _), (tokens, gates, _), own in zip(fixed, moving, pairs, strict=True):
+        floor, beta = columns.get("floor"), gates.get("beta")
+        out, state = take(floor, beta, tokens, tree.unflatten(own), state, again)
+        outs.append(out)
+    return outs, state
+
+
+def _load(layout, names, refs, group):
+    """Some tiles of all heads: `Tokens` and the gates with gradients; the gates without."""
+    return zip(*(_load_tile(layout, names, refs, index) for index in group), strict=True)
+
+
+def _load_tile(layout, names, refs, index):
     heads = layout.heads
 
     def tokens(name, count):
@@ -224,14 +251,14 @@ def _load(layout, names, refs, index):
     def rows(operand):
         return gates(operand, lambda ref, line: ref[index, line])
 
+    moving = Tokens(
+        tokens("q", layout.key_heads),
+        tokens("k", layout.key_heads),
+        tokens("v", heads),
+        tokens("decay", heads),
+    )
     return (
-        Tokens(
-            tokens("q", layout.key_heads),
-            tokens("k", layout.key_heads),
-            tokens("v", heads),
-            tokens("decay", heads),
-        ),
-        (columns("columns"), rows("rows")),
+        (moving, columns("columns"), rows("rows")),
         (columns("fixed_columns"), rows("fixed_rows")),
     )
 

@@ -14,14 +14,15 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.linear.gates import Rows
 from pallas_kernels.linear.options import LOWEST, Inputs, NormalizedState, Options
-from pallas_kernels.linear.tpu_tile import LANES, Form, State
+from pallas_kernels.linear.tpu_products import LANES
+from pallas_kernels.linear.tpu_tile import Form, State
 
 TILE = 128
 ARRAYS_OF_A_TILE = {
     (False, False): (8, 10),
     (False, True): (10, 16),
     (True, False): (24, 46),
-    (True, True): (24, 80),
+    (True, True): (24, 56),
 }
 """Whether each dimension of a key has its own decay, and whether there is a beta: float32 arrays of
 a tile and head that the forward and the backward kernel hold at once, as the compiler has it."""
@@ -39,6 +40,8 @@ class Layout(NamedTuple):
       chunk, tile: tokens.
       heads: value heads of a step of the grid; a multiple of those that share a key head, or a
         divisor.
+      together: tiles whose pairs are made together: with the delta rule they are a long chain of
+        operations, of which those of two tiles need not wait for each other.
       form: of the recurrence.
     """
 
@@ -52,6 +55,7 @@ class Layout(NamedTuple):
     chunk: int
     tile: int
     heads: int
+    together: int
     form: Form
 
     @property
@@ -96,6 +100,9 @@ def make_layout(options: Options, inputs: Inputs, chunk: int, heads: int) -> Lay
     fitting = [n for n in range(1, heads + 1) if H % n == 0 and (n % G == 0 or G % n == 0)]
     by_key = inputs.log_decay is not None and inputs.log_decay.ndim == 5
     narrow = jnp.result_type(inputs.q, inputs.k, inputs.v).name
+    delta, tile = inputs.beta is not None, min(chunk, TILE)
+    # There is no memory for two if more is held of each.
+    single = by_key and (inputs.documents is not None or narrow == "float32")
     return Layout(
         N=N,
         P=P,
@@ -105,9 +112,10 @@ def make_layout(options: Options, inputs: Inputs, chunk: int, heads: int) -> Lay
         hk=round_up(hk, LANES),
         hv=round_up(hv, LANES),
         chunk=chunk,
-        tile=min(chunk, TILE),
+        tile=tile,
         heads=fitting[-1],
-        form=Form(options.scale, narrow, options.normalize, inputs.beta is not None, by_key),
+        together=min(chunk // tile, 2 if delta and not single else 1),
+        form=Form(options.scale, narrow, options.normalize, delta, by_key),
     )
 
 
@@ -125,7 +133,7 @@ def memory(layout: Layout, back: bool) -> int:
     if L.form.by_key:
         tokens += (1 + back) * 4 * L.heads * L.hk
     states = 4 * L.heads * L.hk * L.hv
-    kept = states * (L.chunk // L.tile) if back else 0
+    kept = states * (L.chunk // (L.together * L.tile)) if back else 0
     own = ARRAYS_OF_A_TILE[L.form.by_key, L.form.delta][back]
     # Products of full precision take their operands apart.
     own *= (size // 2) * 4 * L.heads * L.tile * max(L.tile, L.hk, L.hv)

@@ -1,6 +1,7 @@
 """Products of the TPU kernels of linear attention, with derivatives that are products too."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,55 +10,104 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.linear.gates import STEPS
 
-LOG_SUBLANES = 3
-SUBLANES = 1 << LOG_SUBLANES
+LANES = 128
 
 
-def precise(narrow: str) -> str:
-    """What to make a product in whose error in `narrow` would grow."""
-    return "float32" if narrow == "float32" else "split"
+class Parts(NamedTuple):
+    """Of how many bfloat16 numbers each operand of a product is taken as the sum; 0: float32.
+
+    Attributes:
+      a, b: 2 parts, high and low, where an error of bfloat16 would grow; 1 if it is exact or may be
+        rounded.
+      g: of the gradient of the product.
+    """
+
+    a: int
+    b: int
+    g: int
+
+
+NARROW = {"bfloat16": Parts(1, 1, 1), "float32": Parts(0, 0, 0)}
+"""By the name of the type of the inputs."""
+
+
+def precise(narrow: str, a: int = 2, b: int = 2, g: int = 2) -> Parts:
+    """Those of a product in which errors of type `narrow` would grow."""
+    return Parts(0, 0, 0) if narrow == "float32" else Parts(a, b, g)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def product(
-    narrow: str, a: Float[Array, "..."], b: Float[Array, "..."], axes: tuple[int, int]
+    parts: Parts, a: Float[Array, "..."], b: Float[Array, "..."], axes: tuple[int, int]
 ) -> Float[Array, "m n"]:
-    """Contracts these axes of two float32 matrices: float32 sums of products in type `narrow`.
-
-    Args:
-      narrow: "bfloat16"; "float32"; or "split": operands are sums of two bfloat16 numbers.
-    """
-    if narrow == "split":
-        (a, rest_a), (b, rest_b) = _split(a), _split(b)
-        return _dot(a, b, axes) + (_dot(a, rest_b, axes) + _dot(rest_a, b, axes))
-    return _dot(a.astype(narrow), b.astype(narrow), axes)
-
-
-def _split(x):
-    high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
-def _dot(a, b, axes):
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(
-        a,
-        b,
-        (((axes[0],), (axes[1],)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
+    """Contracts these axes of two float32 matrices: float32 sums of products of their parts, but
+    for those of two low ones."""
+    if not parts.a:
+        return dot_of_heads(a, b, axes)
+    a, b = _parts(a, parts.a), _parts(b, parts.b)
+    pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2]
+    if a[0].shape[axes[0]] % LANES:
+        return sum(dot_of_heads(x, y, axes) for x, y in pairs)
+    # As one product, which fills a matrix unit of more than LANES rows.
+    a, b = (
+        jnp.concatenate(x, axis) for x, axis in zip(zip(*pairs, strict=True), axes, strict=True)
     )
+    return dot_of_heads(a, b, axes)
 
 
-def _product_forward(narrow, a, b, axes):
-    return product(narrow, a, b, axes), (a, b)
+def _parts(x, count):
+    high = x.astype(jnp.bfloat16)
+    return [high] if count == 1 else [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]
 
 
-def _product_backward(narrow, axes, saved, g):
+def dot_of_heads(a, b, axes):
+    """The product for one head; of several, jax would put their axis between the others where only
+    `b` has it, and Mosaic would move every row."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+
+    def dot(batch, a, b):
+        contracting = tuple((len(batch) + axis,) for axis in axes)
+        return lax.dot_general(
+            a,
+            b,
+            (contracting, (batch, batch)),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+
+    of_heads = jax.custom_batching.custom_vmap(lambda a, b: dot((), a, b))
+
+    @of_heads.def_vmap
+    def _(size, batched, *operands):
+        a, b = (
+            x if has_heads else jnp.broadcast_to(x, (size, *x.shape))
+            for x, has_heads in zip(operands, batched, strict=True)
+        )
+        return dot((0,), a, b), True
+
+    return of_heads(a, b)
+
+
+def _product_forward(parts, a, b, axes):
+    return product(parts, a, b, axes), (a, b)
+
+
+def _product_backward(parts, axes, saved, g):
     a, b = saved
     ia, ib = axes
-    da = product(narrow, g, b, (1, 1 - ib)) if ia else product(narrow, b, g, (1 - ib, 1))
-    db = product(narrow, g, a, (0, 1 - ia)) if ib else product(narrow, a, g, (1 - ia, 0))
+
+    def gradient(x, x_parts, y, y_parts, x_axis, y_axis, wanted):
+        return product(Parts(x_parts, y_parts, wanted), x, y, (x_axis, y_axis))
+
+    of_g, of_a, of_b = (g, parts.g), (a, parts.a), (b, parts.b)
+    if ia:
+        da = gradient(*of_g, *of_b, 1, 1 - ib, parts.a)
+    else:
+        da = gradient(*of_b, *of_g, 1 - ib, 1, parts.a)
+    if ib:
+        db = gradient(*of_g, *of_a, 0, 1 - ia, parts.b)
+    else:
+        db = gradient(*of_a, *of_g, 1 - ia, 0, parts.b)
     return da, db
 
 
@@ -107,71 +157,6 @@ last_row.defvjp(_last_row_forward, _last_row_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def unit_lower_inverse(narrow: str, a: Float[Array, "C C"]) -> Float[Array, "C C"]:
-    """(I + a)^-1 for strictly lower triangular `a`; C a power of 2, at least 8.
-
-    Blocks of 8 on the diagonal by substitution. From the inverse X of blocks of one size that of
-    blocks twice as large is X - X L X, L the part of `a` between the two halves of each: rows of
-    second halves change alone. A sum of powers of `a` would grow beyond float32 with correlated
-    keys.
-    """
-    C = a.shape[0]
-    wide = precise(narrow)
-    inverse = _inverse_of_blocks(wide, a)
-    row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    size = SUBLANES
-    while size < C:
-        pairs = (C // (2 * size), 2 * size, C)
-        apart = (row ^ column).reshape(pairs)[:, size:].reshape(C // 2, C)
-        halves = inverse.reshape(pairs)
-        second = halves[:, size:].reshape(C // 2, C)
-        below = product(wide, second, a, (1, 0))
-        # What stands beside the block is of other pairs of halves.
-        below = jnp.where((apart >= size) & (apart < 2 * size), below, 0.0)
-        second = second - product(wide, below, inverse, (1, 0))
-        second = second.reshape(C // (2 * size), size, C)
-        inverse = jnp.concatenate([halves[:, :size], second], 1).reshape(C, C)
-        size *= 2
-    return inverse
-
-
-def _inverse_of_blocks(wide, a):
-    """The inverse of the blocks of 8 on the diagonal, all at once: one beside the other in a
-    register, where number j of each row of a block is spread over the lanes of the block."""
-    C, count = a.shape[0], a.shape[0] // SUBLANES
-    blocks = a.reshape(count, SUBLANES, C)
-    block, lane = (lax.broadcasted_iota(jnp.int32, blocks.shape, axis) for axis in (0, 2))
-    mine = (lane >> LOG_SUBLANES) == block
-    packed = jnp.sum(jnp.where(mine, blocks, 0.0), 0)
-    row, lane = (lax.broadcasted_iota(jnp.int32, packed.shape, axis) for axis in (0, 1))
-    place = lane & (SUBLANES - 1)
-    numbers = [jnp.where(place == j, packed, 0.0) for j in range(SUBLANES)]
-    one, other = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    same = ((one ^ other) < SUBLANES).astype(jnp.float32)
-    spread = product(wide, jnp.concatenate(numbers, 0), same, (1, 0))
-    inverse = (row == place).astype(jnp.float32)
-    for j in range(SUBLANES - 1):
-        factor = spread[j * SUBLANES : (j + 1) * SUBLANES]
-        inverse = inverse - factor * inverse[j : j + 1]
-    return jnp.where(mine, inverse[None], 0.0).reshape(C, C)
-
-
-def _inverse_forward(narrow, a):
-    x = unit_lower_inverse(narrow, a)
-    return x, x
-
-
-def _inverse_backward(narrow, x, g):
-    wide = precise(narrow)
-    da = product(wide, product(wide, x, g, (0, 0)), x, (1, 1))
-    row, column = (lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
-    return (jnp.where(row > column, -da, 0.0),)
-
-
-unit_lower_inverse.defvjp(_inverse_forward, _inverse_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sums(
     narrow: str, visible: Bool[Array, "C C"], steps: Float[Array, "C hk"]
 ) -> tuple[Array, ...]:
@@ -180,14 +165,12 @@ def sums(
     One part is enough for bfloat16. For float32 the first has the sums of whole multiples of
     1 / STEPS: differences of large sums are then exact.
     """
-    high = jnp.round(steps * STEPS) / STEPS
-    ones = visible.astype(jnp.float32).astype(jnp.bfloat16)
+    ones = visible.astype(jnp.float32)
+    if narrow == "bfloat16":
+        return (product(Parts(1, 2, 2), ones, steps, (1, 0)),)
     # Two bfloat16 numbers have 16 bits, those of `high`; sums of them are exact.
-    parts = [
-        sum(_dot(ones, x, (1, 0)) for x in _split(high)),
-        sum(_dot(ones, x, (1, 0)) for x in _split(steps - high)),
-    ]
-    return tuple(parts) if narrow == "float32" else (parts[0] + parts[1],)
+    high = jnp.round(steps * STEPS) / STEPS
+    return tuple(product(Parts(1, 2, 2), ones, x, (1, 0)) for x in (high, steps - high))
 
 
 def _sums_forward(narrow, visible, steps):
@@ -195,7 +178,7 @@ def _sums_forward(narrow, visible, steps):
 
 
 def _sums_backward(narrow, visible, g):
-    return None, product(precise(narrow), visible.astype(jnp.float32), g[-1], (0, 0))
+    return None, product(precise(narrow, a=1), visible.astype(jnp.float32), g[-1], (0, 0))
 
 
 sums.defvjp(_sums_forward, _sums_backward)
@@ -226,7 +209,7 @@ def decayed_products(
     same, *halves = _halvings(total, visible)
     scores = jnp.where(same, jnp.sum(x * k, 1, keepdims=True), 0.0)
     for factor, mask in halves:
-        scores = jnp.where(mask, product(narrow, x * factor, k * factor, (1, 1)), scores)
+        scores = jnp.where(mask, product(NARROW[narrow], x * factor, k * factor, (1, 1)), scores)
     return scores
 
 
@@ -272,8 +255,8 @@ def _decayed_backward(narrow, saved, g):
     dtotal = jnp.zeros_like(k)
     for factor, mask in halves:
         part = jnp.where(mask, g, 0.0)
-        dleft = product(narrow, part, k * factor, (1, 0)) * factor
-        dright = product(narrow, part, x * factor, (0, 0)) * factor
+        dleft = product(NARROW[narrow], part, k * factor, (1, 0)) * factor
+        dright = product(NARROW[narrow], part, x * factor, (0, 0)) * factor
         dx, dk, dtotal = dx + dleft, dk + dright, dtotal + (x * dleft - k * dright)
     return dx, dk, (*(jnp.zeros_like(part) for part in total[:-1]), dtotal), None
 

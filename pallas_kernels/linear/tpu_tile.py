@@ -1,7 +1,7 @@
 """What the TPU kernels compute of a tile: up to 128 tokens of one head, as a function of values.
 
-The forward kernel calls `tile`, the backward kernel its derivative. So all here has a derivative
-that the compiler can lower, and products have theirs without transposed copies.
+The forward kernel calls these functions, the backward kernel their derivatives. So all here has a
+derivative that the compiler can lower, and products have theirs without transposed copies.
 """
 
 import functools
@@ -11,7 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.linear.tpu_inverse import solved, unit_lower_inverse
 from pallas_kernels.linear.tpu_products import (
+    LANES,
+    NARROW,
     decayed_products,
     divided,
     gap,
@@ -19,10 +22,7 @@ from pallas_kernels.linear.tpu_products import (
     precise,
     product,
     sums,
-    unit_lower_inverse,
 )
-
-LANES = 128
 
 
 class Form(NamedTuple):
@@ -64,86 +64,143 @@ class State(NamedTuple):
     normalizer: Array | None
 
 
-def tile(
+class Pairs(NamedTuple):
+    """What a tile's tokens are to each other and to states, before any state is known.
+
+    Attributes:
+      scores: `[C, C]`, of queries and keys; with the delta rule times the scale.
+      overlap, inverse: `[C, C]`, of keys with each other, strictly lower triangular, and the
+        inverse of I + `overlap`; None without the delta rule.
+      enter, restart, leave: `[C, 1]` or `[C, hk]`, factors as in `Rows`; None: 1.
+    """
+
+    scores: Array
+    overlap: Array | None
+    inverse: Array | None
+    enter: Array | None
+    restart: Array | None
+    leave: Array | None
+
+
+def make_pairs(
     form: Form,
     fixed: tuple[dict, dict],
     tokens: Tokens,
     columns: dict[str, Float[Array, "C 1"]],
     rows: dict[str, Float[Array, "1 C"]],
+) -> Pairs:
+    """The pairs of a tile.
+
+    Args:
+      fixed: more of `columns` and `rows`, of which there is no gradient.
+      columns, rows: by the names of `tpu_layout.Gates`; what is missing is 1.
+    """
+    q, k, _, decay = tokens
+    columns, rows = {**columns, **fixed[0]}, {**rows, **fixed[1]}
+    visible = _visible(q.shape[0], columns, rows)
+    enter, restart, leave = (columns.get(name) for name in ("enter", "restart", "leave"))
+    # Keys and queries are exact.
+    dot = functools.partial(
+        product, precise(form.narrow, 1, 1) if form.delta else NARROW[form.narrow]
+    )
+    if form.by_key:
+        since = sums(form.narrow, visible, decay)
+        from_start, end = jnp.exp(sum(since)), [last_row(part) for part in since]
+        of_pairs = lambda x: decayed_products(form.narrow, x, k, since, visible)
+        # Tokens of other documents than the last have a factor of 0 besides.
+        to_end = gap(end, since)
+        to_end = jnp.exp(jnp.where(to_end > 0.0, 0.0, to_end))
+        enter = from_start if enter is None else enter * from_start
+        leave = to_end if leave is None else leave * to_end
+        restart = _times(restart, from_start)
+    elif "low" in rows:
+        fade = columns["low"] - rows["low"]
+        if "high" in rows:
+            fade += columns["high"] - rows["high"]
+        fade = jnp.exp(jnp.where(visible, fade, -jnp.inf))
+        of_pairs = lambda x: dot(x, k, (1, 1)) * fade
+    else:
+        of_pairs = lambda x: jnp.where(visible, dot(x, k, (1, 1)), 0.0)
+    overlap = inverse = None
+    if form.delta:
+        overlap = jnp.where(_strict(q.shape[0]), of_pairs(k), 0.0) * columns["beta"]
+        inverse = unit_lower_inverse(form.narrow, lax.stop_gradient(overlap))
+    scores = _times(rows.get("weight"), of_pairs(q))
+    if form.delta:
+        scores = scores * form.scale
+    return Pairs(scores, overlap, inverse, enter, restart, leave)
+
+
+def pass_tile(
+    form: Form,
+    floor: Float[Array, "C 1"] | None,
+    beta: Float[Array, "C 1"] | None,
+    tokens: Tokens,
+    pairs: Pairs,
     before: State,
     again: State | None,
 ) -> tuple[Float[Array, "C hv"], State]:
     """Output, and the state after the tile.
 
     Args:
-      fixed: more of `columns` and `rows`, of which there is no gradient.
-      columns, rows: by the names of `tpu_layout.Gates`; what is missing is 1.
+      floor: least divisor of normalized outputs, without gradient.
       before: state before the tile.
-      again: what documents start from; None: zero, or there is no row `restart`.
+      again: what documents start from; None: zero, or there is no factor `restart`.
     """
-    q, k, v, decay = tokens
-    columns, rows = {**columns, **fixed[0]}, {**rows, **fixed[1]}
-    # What correlated keys write changes sign from token to token: their sums lose digits.
-    dot = functools.partial(product, precise(form.narrow) if form.delta else form.narrow)
-    visible = _visible(q.shape[0], columns, rows)
-    factors = {name: columns.get(name) for name in ("enter", "leave", "restart")}
-    if form.by_key:
-        since = sums(form.narrow, visible, decay)
-        from_start, end = sum(since), [last_row(part) for part in since]
-        pairs = lambda x: decayed_products(form.narrow, x, k, since, visible)
-        # Tokens of other documents than the last have a factor of 0 besides.
-        to_end = gap(end, since)
-        to_end = jnp.exp(jnp.where(to_end > 0.0, 0.0, to_end))
-        factors = {
-            "enter": _times(factors["enter"], jnp.exp(from_start)),
-            "leave": _times(factors["leave"], to_end),
-            "restart": None if again is None else factors["restart"] * jnp.exp(from_start),
-        }
-    elif "low" in rows:
-        fade = columns["low"] - rows["low"]
-        if "high" in rows:
-            fade += columns["high"] - rows["high"]
-        fade = jnp.exp(jnp.where(visible, fade, -jnp.inf))
-        pairs = lambda x: dot(x, k, (1, 1)) * fade
-    else:
-        pairs = lambda x: jnp.where(visible, dot(x, k, (1, 1)), 0.0)
-
-    states = [(factors["enter"], before)]
+    q, k, v, _ = tokens
+    states = [(pairs.enter, before)]
     if again is not None:
-        states.append((factors["restart"], again))
-
-    def kept(name, state):
-        """The part of `state` that is left after the tile."""
-        if factors[name] is None:
-            return state
-        keep = last_row(factors[name])
-        across = _turned(keep, state.matrix.shape[1]) if form.by_key else keep
-        return State(across * state.matrix, _times(keep, state.normalizer))
-
+        states.append((pairs.restart, again))
     if form.delta:
-        overlap = jnp.where(_strict(q.shape[0]), pairs(k), 0.0) * columns["beta"]
-        inverse = unit_lower_inverse(form.narrow, overlap)
-        found = _joined(dot, [(_times(f, k), state.matrix) for f, state in states])
-        v = dot(inverse, columns["beta"] * (v - found), (1, 0))
-    scores = _times(rows.get("weight"), pairs(q))
-    reads = [(_times(f, q), state) for f, state in states]
-    out = _joined(dot, [(scores, v), *((x, state.matrix) for x, state in reads)])
-    if form.normalize:
-        total = _row_sums([scores, *(x * state.normalizer for x, state in reads)])
-        out = divided(out, total, columns["floor"]) * (1.0 if form.scale > 0 else -1.0)
+        found = sum(_read(form, k, factor, state) for factor, state in states)
+        v = solved(form.narrow, pairs.inverse, pairs.overlap, beta * (v - found))
+        # What correlated keys write changes sign from token to token: sums lose digits. But the
+        # gradient of the product is that of the output, which is exact.
+        dot = functools.partial(product, precise(form.narrow, g=1))
+        reads = sum(_read(form, q, factor, state) for factor, state in states)
+        out = dot(pairs.scores, v, (1, 0)) + reads * form.scale
     else:
-        out = out * form.scale
-    leaving = _times(factors["leave"], k)
-    after = kept("enter", before)
-    matrix = after.matrix + dot(leaving, v, (0, 0))
-    normalizer = after.normalizer
+        dot = functools.partial(product, NARROW[form.narrow])
+        reads = [(_times(factor, q), state) for factor, state in states]
+        out = _joined(dot, [(pairs.scores, v), *((x, state.matrix) for x, state in reads)])
+        if form.normalize:
+            total = _row_sums([pairs.scores, *(x * state.normalizer for x, state in reads)])
+            out = divided(out, total, floor) * (1.0 if form.scale > 0 else -1.0)
+        else:
+            out = out * form.scale
+    if form.delta and not form.by_key:
+        added = product(precise(form.narrow, 1), k, _times(pairs.leave, v), (0, 0))
+    else:
+        leaving = _times(pairs.leave, k)
+        added = product(_parts(form), leaving, v, (0, 0))
+    kept = [_kept(form, factor, state) for factor, state in states]
+    matrix = sum((state.matrix for state in kept), start=added)
+    normalizer = None
     if form.normalize:
-        normalizer += jnp.sum(leaving, 0, keepdims=True)
-    if again is not None:
-        rest = kept("restart", again)
-        matrix += rest.matrix
-        normalizer = None if normalizer is None else normalizer + rest.normalizer
+        normalizer = sum(
+            (state.normalizer for state in kept), start=jnp.sum(leaving, 0, keepdims=True)
+        )
     return out, State(matrix, normalizer)
+
+
+def _parts(form):
+    return precise(form.narrow) if form.delta else NARROW[form.narrow]
+
+
+def _read(form, x, factor, state):
+    """What `x` finds in a state, with the delta rule."""
+    if form.by_key:
+        return product(precise(form.narrow), _times(factor, x), state.matrix, (1, 0))
+    return _times(factor, product(precise(form.narrow, 1), x, state.matrix, (1, 0)))
+
+
+def _kept(form, factor, state):
+    """The part of `state` that is left after the tile."""
+    if factor is None:
+        return state
+    keep = last_row(factor)
+    across = _turned(keep, state.matrix.shape[1]) if form.by_key else keep
+    return State(across * state.matrix, _times(keep, state.normalizer))
 
 
 def _times(factor, x):
