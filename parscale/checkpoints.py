@@ -306,7 +306,7 @@ def restore_params(
         not expected, or of another shape or dtype (named).
     """
     folder = _choose_folder(Path(directory), step)
-    stored = {name: paths for name, paths in stored_items(folder).items() if name in PARAMETERS}
+    stored = stored_items(folder, PARAMETERS)
     held = {path: leaf for paths in stored.values() for path, leaf in paths.items()}
     wanted = held if abstract is None else flatten(abstract)
     check_same(folder, "parameters", held, wanted, partial)

@@ -5,7 +5,7 @@ keys look alike, because that is all that is stored of a tree's structure.
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,13 @@ def save_args(state: Mapping[str, Any], record: Mapping[str, Any]) -> ocp.args.C
     return ocp.args.Composite(**items, **{RECORD: ocp.args.JsonSave(dict(record))})
 
 
-def stored_items(folder: Path) -> dict[str, Paths]:
-    """Item name -> path -> `jax.ShapeDtypeStruct` (without a sharding), read without the arrays."""
+def stored_items(folder: Path, names: Container[str] | None = None) -> dict[str, Paths]:
+    """Item name -> path -> `jax.ShapeDtypeStruct` (without a sharding), read without the arrays.
+
+    Args:
+      folder: of the step.
+      names: of the items that are looked at; None: all.
+    """
     handler = ocp.PyTreeCheckpointHandler()
     return {
         path.name: {
@@ -49,7 +54,7 @@ def stored_items(folder: Path) -> dict[str, Paths]:
             for name, leaf in flatten(handler.metadata(path).tree).items()
         }
         for path in sorted(folder.iterdir())
-        if path.is_dir() and path.name != RECORD
+        if path.is_dir() and path.name != RECORD and (names is None or path.name in names)
     }
 
 

@@ -74,7 +74,7 @@ def multiply(*products: Product, meanwhile=lambda: None):
 
     def issue(results):
         for result, (a, b, _, transposed) in zip(results, products, strict=True):
-            plgpu.wgmma(result, a, plgpu.transpose_ref(b, (1, 0)) if transposed else b)
+            plgpu.wgmma(result, a, b.transpose((1, 0)) if transposed else b)
         meanwhile()
 
     def start(product):

@@ -5,6 +5,7 @@ their use: several programs run on a multiprocessor at once.
 """
 
 import dataclasses
+import inspect
 import math
 
 import jax
@@ -39,6 +40,8 @@ __all__ = [
     "spread",
 ]
 
+# The index by which jax up to 0.11 asks for all of what it loads.
+WHOLE = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 SHARED_MEMORY = 222 * 1024  # bytes of one program for tiles; Hopper has 227 KiB
 
 
@@ -49,7 +52,7 @@ def ds(first):
 
 def turned(tile):
     """The transpose of a tile of a 16-bit type in shared memory, as an operand of `multiply`."""
-    return tile[...].T if dispatch.interpret() else plgpu.transpose_ref(tile, (1, 0))
+    return tile[...].T if dispatch.interpret() else tile.transpose((1, 0))
 
 
 def multiply(sums, *pairs):
@@ -80,7 +83,7 @@ def fetched(tile):
     """A float32 tile of global memory in registers."""
     if dispatch.interpret():
         return tile[...]
-    return plgpu.load(tile, (), layout=MATRIX, optimized=False)
+    return plgpu.load(tile, *WHOLE, layout=MATRIX, optimized=False)
 
 
 def head_of(x: Float[Array, "b T heads h"], head, heads: int):

@@ -54,7 +54,7 @@ class Instruction:
     @functools.cached_property
     def inputs(self) -> list[str]:
         """Names of the operands."""
-        return re.findall(r"%([\w.\-]+)", self.operands) or [
+        return re.findall(r"%([\w.\-#]+)", self.operands) or [
             word
             for word in re.split(r",\s*", self.operands)
             if re.fullmatch(r"[a-zA-Z][\w.\-]*", word)
@@ -103,6 +103,8 @@ class Computation(dict):
 def parse(text: str) -> tuple[str, dict[str, Computation]]:
     """The entry's name, and all computations by name.
 
+    An operand `%a#1`, as newer XLA prints part 1 of the tuple `a`, is an instruction of that name.
+
     Raises:
       ValueError: the text is not that of an HLO module.
     """
@@ -116,10 +118,24 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
         found = current is not None and _INSTRUCTION.match(line)
         if found:
             body = _COMMENT.sub("", found[3])
-            current[found[2]] = Instruction(found[2], body, bool(found[1]))
+            instruction = Instruction(found[2], body, bool(found[1]))
+            for name in instruction.inputs:
+                _add_part(current, name)
+            current[found[2]] = instruction
     if not entry:
         raise ValueError("no ENTRY computation: not the text of a compiled program")
     return entry, computations
+
+
+def _add_part(computation: Computation, name: str) -> None:
+    """Adds the part of a tuple that an operand's name means, if it means one."""
+    whole, mark, place = name.rpartition("#")
+    if not mark or name in computation:
+        return
+    _add_part(computation, whole)
+    shape = split(computation[whole].result[1:-1])[int(place)]
+    text = f"{shape} get-tuple-element(%{whole}), index={place}"
+    computation[name] = Instruction(name, text, False)
 
 
 def _whole_lines(text: str) -> Iterator[str]:

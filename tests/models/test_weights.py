@@ -42,4 +42,6 @@ def test_large_weights_have_the_values_of_a_flat_draw(monkeypatch):
     draw = weights.normal(0.5)
     flat = draw(jax.random.key(0), (3, 8, 5), jnp.float32)
     monkeypatch.setattr(weights, "FLAT_DRAW", 0)
-    assert np.asarray(draw(jax.random.key(0), (3, 8, 5), jnp.float32)).tobytes() == flat.tobytes()
+    shaped = draw(jax.random.key(0), (3, 8, 5), jnp.float32)
+    # The same bits are drawn; what makes them normal may be rounded otherwise by another program.
+    np.testing.assert_allclose(shaped, flat, rtol=1e-6)

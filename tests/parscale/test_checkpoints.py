@@ -224,6 +224,9 @@ def test_parameters_are_read_without_the_optimizer(tmp_path):
     save_steps(tmp_path / "all", 4)
     with Checkpoints(tmp_path / "split") as checkpoints:
         checkpoints.save(4, place({**state, **split}), {"seconds": 2.0})
+    shapes = stored_shapes(tmp_path / "split")
+    assert shapes["frozen"]["embed"] == jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    assert set(shapes) == {"trainable", "frozen", "optimizer", "scalars"}
     for directory in (tmp_path / "all", tmp_path / "split"):
         data_file(directory / "4", "optimizer").unlink()
         step, read, record = restore_params(directory)
@@ -236,9 +239,6 @@ def test_parameters_are_read_without_the_optimizer(tmp_path):
         assert read["embed"].sharding == target["embed"].sharding
         _, read, _ = restore_params(directory, {"embed": target["embed"]}, partial=True)
         assert_same(read, {"embed": params["embed"]})
-    shapes = stored_shapes(tmp_path / "split")
-    assert shapes["frozen"]["embed"] == jax.ShapeDtypeStruct((8, 16), jnp.float32)
-    assert set(shapes) == {"trainable", "frozen", "optimizer", "scalars"}
 
 
 def test_reading_parameters_passes_over_damage_and_changes_nothing(tmp_path, capsys):
