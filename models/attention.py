@@ -98,7 +98,8 @@ class Attention(nnx.Module):
         alike to what joins them.
         """
         learned = jnp.pad(self.branches[...], ((1, 0), (0, 0), (0, 0)))
-        learned = learned.astype(k.dtype)[branches][:, None]
+        # Not a number where a mark is none of these, so that it does not pass unseen.
+        learned = jnp.take(learned.astype(k.dtype), branches, 0)[:, None]
         return k + learned, v + learned
 
     def remember(

@@ -91,7 +91,8 @@ class LanguageModel(nnx.Module):
           mask: who sees whom, in place of the causal order within documents (`models.segments`);
             for models of attention alone, and without a cache.
           branches: of tokens in branches beside each other the number of the branch, which chooses
-            what `config.branches` learned of it; 0 outside of them, and by default.
+            what `config.branches` learned of it; 0 outside of them, and by default. A number that
+            it has not makes what follows NaN.
           cache: what an earlier call gave; at first the blocks and states (`with_states`) of
             `init_blocks` and `init_states`.
           view: what the rows see of the cache's blocks, and where their tokens go; None if no mixer

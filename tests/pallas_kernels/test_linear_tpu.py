@@ -98,20 +98,28 @@ def test_an_initial_state_for_all_rows_is_read_by_index():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recurrence", ["delta_net", "kda"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_correlated_keys(dtype):
-    """With betas up to 2 and nothing that decays, errors of one token are in all later ones."""
+def test_correlated_keys(dtype, recurrence):
+    """With betas up to 2 and hardly any decay, errors of one token are in all later ones."""
     random = np.random.default_rng(0)
     normal = lambda *shape: random.standard_normal((1, 1, 300, 1, *shape))
     k = normal(64) * 0.1 + random.standard_normal(64)
     k = k / np.linalg.norm(k, axis=-1, keepdims=True)
     arrays = tuple(jnp.asarray(x, dtype) for x in (normal(64), k, normal(64)))
     named = {"beta": jnp.asarray(2 * random.random((1, 1, 300, 1)), jnp.float32)}
+    if recurrence == "kda":
+        decay = -1e-3 * random.random((1, 1, 300, 1, 64))
+        named["log_decay"] = jnp.asarray(decay, jnp.float32)
     with dispatch.interpreting():
         got = jitted(arrays, named, "pallas_tpu", 128)
     expected = jitted(tuple(x.astype(jnp.float32) for x in arrays), named, "oracle")
     found = errors(got, expected)
-    assert max(found.values()) < (3e-5 if dtype == jnp.float32 else 6e-3), found
+    if dtype == jnp.float32:
+        limit = 3e-5
+    else:  # KDA rounds queries and keys times their decays to bfloat16, of error 2e-3
+        limit = 1.5e-2 if recurrence == "kda" else 6e-3
+    assert max(found.values()) < limit, found
 
 
 @pytest.mark.parametrize("narrow", ["float32", "bfloat16"])

@@ -111,3 +111,9 @@ def test_marks_of_zero_say_nothing_until_they_have_learned(training):
     loss, gradient = step(training, params, marked)
     assert loss == pytest.approx(without, rel=1e-6)
     assert np.abs(gradient).max() > 0
+
+
+def test_a_mark_that_the_model_has_not_is_no_number(training):
+    batch = make_batch()
+    batch["branches"][0, 4] = MODEL.branches + 1
+    assert np.isnan(step(training, random_params(MODEL, seed=0, std=0.3), batch)[0])
