@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 # What steps are compiled for are numbers up to a power of 2 from these on: rows, tokens of a row
 # (or a single one), blocks of a view (or none), ends of a row, parts; when tokens are written, up
 # to a power of 4 of rows and blocks. With 16 rows and texts of 2048 tokens in blocks of 16 this is
-# at most 168 steps that write (3 rows, 7 tokens, 4 blocks, greedy or not) and 90 that generate
-# (5 rows, 9 blocks: also one and a half times a power of 2).
+# at most 168 steps that write (3 rows, 7 tokens, 4 blocks, greedy or not) and 50 that generate.
 # On CPU every compiled step takes some 240 of the 65530 memory maps that Linux grants a process.
 FEWEST_ROWS, FEWEST_TOKENS, FEWEST_BLOCKS, FEWEST_ENDS, FEWEST_PARTS = 1, 16, 8, 4, 2
 
@@ -36,15 +35,13 @@ class Text:
     """Where a branch stands before a pass: what it sees, and where its next token goes.
 
     Attributes:
-      entries: of the cache, those of its own text last, then the empty ones that the pass may need.
-      promised: how many they would be with all blocks that are kept for the branch.
+      entries: of the cache, those of its own text last.
       tail: the place in `entries` of the block that the next token goes to.
       filled: slots of that block that are full.
       place: of a branch that sees others, the position of the next token and that of its key.
     """
 
     entries: list[Entry]
-    promised: int
     tail: int
     filled: int
     place: tuple[int, int] | None
@@ -162,9 +159,7 @@ class Group:
         keys, marks, steps = positions.copy(), positions.copy(), np.arange(length)
         where[:] = self._nobodys(batch, streams)[..., None] * self.slots
         texts_of_rows = [texts[job] if job else None for job in rows]
-        most = max(len(texts[job].entries) for job in taking)
-        most = most and rounded(most, FEWEST_BLOCKS, 4)
-        seen = self._seen(texts_of_rows, rows, streams, most)
+        seen = self._seen(texts_of_rows, rows, streams, factor=4)
         for row, job in enumerate(rows):
             if job is None:
                 continue
@@ -220,8 +215,7 @@ class Group:
         if steps == 1:  # those who see each other see what is written in this step
             for job in jobs:
                 self._commit(job.branch, 1)
-        counted = int(steps == 1)
-        texts = [job and self._text(job, counted, steps - counted) for job in rows]
+        texts = [job and self._text(job, counted=int(steps == 1)) for job in rows]
         token, most = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
         positions, keys, marks = (np.zeros(batch, np.int32) for _ in range(3))
         tail, filled = np.zeros(batch, np.int32), np.zeros(batch, np.int32)
@@ -246,7 +240,7 @@ class Group:
             tail, filled, self._nobodys(batch, streams), most, until,
             races,
         )  # fmt: skip
-        seen = self._seen(texts, rows, streams, _most_blocks([text for text in texts if text]))
+        seen = self._seen(texts, rows, streams)
         choice, method = as_arrays([_sampling(job) for job in rows], batch)
         states, some = self._states, self._has_states and batch < len(self._rows)
         if some:
@@ -265,13 +259,12 @@ class Group:
             results.append(tokens)
         return pools, results
 
-    def _text(self, job: "Job", counted: int = 0, ahead: int = 0) -> Text:
-        """Where a job's branch stands.
+    def _text(self, job: "Job", counted: int = 0) -> Text:
+        """Where a job's branch stands; of its spare blocks all are at the end of what it sees.
 
         Args:
           job: which.
           counted: tokens of the pass, 0 or 1, that count as written already.
-          ahead: further tokens that are generated in it.
         """
         branch, offset = job.branch, 0
         entries = list(self.soft_entries[job.active.row_part])
@@ -285,12 +278,11 @@ class Group:
         entries += [_moved(entry, offset) for entry in branch.entries]
         if branch.grows:  # as it is before the pass
             entries[-1] = dataclasses.replace(entries[-1])
-        needed = -(-(filled + ahead) // self.slots) - (not full)
-        promised = len(entries) + len(branch.spare)
-        entries += [Entry(blocks, 0, offset) for blocks in branch.spare[: max(0, needed)]]
+        entries += [Entry(blocks, 0, offset) for blocks in branch.spare]
+        if branch.sees is None:
+            return Text(entries, tail, filled, None)
         own = branch.length - counted
-        place = None if branch.sees is None else (offset + own, own)
-        return Text(entries, promised, tail, filled, place)
+        return Text(entries, tail, filled, (offset + own, own))
 
     def _commit(self, branch: Branch, count: int) -> np.ndarray:
         """Counts `count` more tokens as written; their places `[P, count]`."""
@@ -314,9 +306,11 @@ class Group:
         texts: Sequence[Text | None],
         rows: "Sequence[Job | None]",
         streams: int,
-        most: int,
+        factor: int = 2,
     ) -> Seen:
         batch = len(texts)
+        most = max(len(text.entries) for text in texts if text)
+        most = rounded(most, FEWEST_BLOCKS, factor) if most else 0
         blocks = np.repeat(self._nobodys(batch, streams)[..., None], most, -1)
         counts, shifts, parts = (np.zeros((batch, most), np.int32) for _ in range(3))
         for row, text in enumerate(texts):
@@ -360,17 +354,6 @@ class Group:
             return self._states
         every = [self.first_states if job is None else job.branch.states for job in rows]
         return jax.tree.map(lambda *parts: jnp.concatenate(parts, self._axis), *every)
-
-
-def _most_blocks(texts: Sequence[Text]) -> int:
-    """How many blocks the views have in which texts grow."""
-    # Few numbers, as each is compiled for; but no more than the texts may ever need.
-    most = max(len(text.entries) for text in texts)
-    promised = max(text.promised for text in texts)
-    if not promised:
-        return 0
-    promised = min(rounded(promised, least) for least in (FEWEST_BLOCKS, FEWEST_BLOCKS * 3 // 2))
-    return min(rounded(most, FEWEST_BLOCKS, 4), promised)
 
 
 def rounded(count: int, least: int, factor: int = 2) -> int:

@@ -40,8 +40,9 @@ __all__ = [
     "spread",
 ]
 
-# The index by which jax up to 0.11 asks for all of what it loads.
-WHOLE = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+# jax 0.10 asks for an index, newer versions advise against one.
+_IDX = inspect.signature(plgpu.load).parameters.get("idx")
+WHOLE = ((),) if _IDX is not None and _IDX.default is _IDX.empty else ()
 SHARED_MEMORY = 222 * 1024  # bytes of one program for tiles; Hopper has 227 KiB
 
 

@@ -10,6 +10,7 @@ from engine_models import SMALL, check_best, check_greedy, logits_of, make_model
 
 from models.config import MIXERS
 from models.growth import first_stream
+from parscale import engine_rows
 from parscale.branches import join
 from parscale.engine import Engine, Request
 from parscale.sampling import Sampling
@@ -202,6 +203,28 @@ def test_forks_of_every_mixer(mixers, layer_loop):
 @pytest.mark.parametrize("mixers", [("gla",), ("attention", "kda")], ids=",".join)
 def test_forks_of_recurrences_after_soft_tokens(mixers):
     check_forks(dataclasses.replace(SMALL, mixers=mixers, transform="soft_tokens"))
+
+
+def test_views_grow_with_their_texts(monkeypatch):
+    """Not with what is promised to them; steps of several sizes write one text."""
+    sizes = []
+    seen = engine_rows.Group._seen
+
+    def noted(*arguments, **options):
+        found = seen(*arguments, **options)
+        sizes.append(found.blocks.shape[-1])
+        return found
+
+    monkeypatch.setattr(engine_rows, "FEWEST_BLOCKS", 2)
+    monkeypatch.setattr(engine_rows.Group, "_seen", noted)
+    engine = Engine(make_model(ALONE), slots=4, **SIZES)
+    prompt = [1, 2, 3]
+    number = engine.submit(Request(prompt, 38))
+    tokens = engine.run()[number].tokens
+    assert len(tokens) == 38
+    # None for the prompt; up to a power of 2 for 8 tokens more each time.
+    assert list(dict.fromkeys(sizes)) == [0, 4, 8, 16]
+    check_greedy(make_model(ALONE), prompt, tokens, 64)
 
 
 def test_forks_hold_one_copy_of_what_they_share():
