@@ -1,8 +1,9 @@
 """Attention in plain XLA operations: the CPU path, and that of every platform without a kernel.
 
-Short queries (decoding) take `plain`, which holds all scores. Longer ones go tile by tile: for each
-block of queries a loop over the blocks of keys that it sees, with a running softmax, so that no
-more than a tile of scores exists, and it lies in cache. The backward pass computes the tiles again.
+Short queries (decoding) take `plain`, which holds all scores, short sequences `xla_strips`. Longer
+ones go tile by tile: for each block of queries a loop over the blocks of keys that it sees, with a
+running softmax, so that no more than a tile of scores exists, and it lies in cache. The backward
+pass computes the tiles again.
 
 Arrays have the axes that `pallas_kernels.flash.api` states.
 """
@@ -13,7 +14,8 @@ from jax import lax
 
 from pallas_kernels import masks
 from pallas_kernels.flash import xla_layout as layout
-from pallas_kernels.flash.xla_layout import BLOCK
+from pallas_kernels.flash import xla_strips
+from pallas_kernels.flash.xla_layout import BLOCK, dot
 
 TILED_FROM = 128  # queries
 
@@ -60,7 +62,9 @@ def _cap(options, s):
 
 
 def forward(options, q, k, v, mask, prefix):
-    """The tiled form of `plain`."""
+    """The form of `plain` in strips or tiles."""
+    if xla_strips.fits(q, k, mask):
+        return xla_strips.forward(options, q, k, v, mask, prefix)
     tiling = layout.tiling(q, k, mask, prefix)
     prefix_chains = layout.prefix_chains(tiling, prefix)
     lists = layout.lists(tiling, mask, q, k)
@@ -92,7 +96,7 @@ def _forward_chunk(options, mask, keys, lists, edge, q, k, v, runs, prefix):
 
     def see(state, q, k, v, bias=None):
         top, total, out = state
-        s = _cap(options, _dot(q, k, 2, 2))
+        s = _cap(options, dot(q, k, 2, 2))
         if bias is not None:
             s = (s.reshape(pairs, -1, BLOCK, BLOCK) + bias).reshape(s.shape)
         new_top = jnp.maximum(top, jnp.max(s, -1, initial=-jnp.inf))
@@ -102,7 +106,7 @@ def _forward_chunk(options, mask, keys, lists, edge, q, k, v, runs, prefix):
         return (
             new_top,
             total * kept + jnp.sum(p, -1),
-            out * kept[..., None] + _dot(p, v, 2, 1),
+            out * kept[..., None] + dot(p, v, 2, 1),
         )
 
     def block(_, x):
@@ -132,6 +136,8 @@ def _forward_chunk(options, mask, keys, lists, edge, q, k, v, runs, prefix):
 
 def backward(options, q, k, v, mask, prefix, out, lse, dout, dlse):
     """Gradients of `forward`."""
+    if xla_strips.fits(q, k, mask):
+        return xla_strips.backward(options, q, k, v, mask, prefix, out, lse, dout, dlse)
     tiling = layout.tiling(q, k, mask, prefix)
     prefix_chains = layout.prefix_chains(tiling, prefix)
     lists = layout.lists(tiling, mask, q, k)
@@ -181,17 +187,17 @@ def _backward_chunk(options, mask, keys, lists, edge, q, k, v, dout, lse, delta,
     k_columns = columns(k)
 
     def see(q, dout, lse, delta, k, v, k_columns, bias=None):
-        s = _dot(k, q, 2, 2)
+        s = dot(k, q, 2, 2)
         if options.soft_cap is not None:
             u = jnp.tanh(s / options.soft_cap)
             s = options.soft_cap * u
         if bias is not None:
             s = s + bias
         p = jnp.exp(s - lse)
-        ds = p * (_dot(v, dout, 2, 2) - delta)
+        ds = p * (dot(v, dout, 2, 2) - delta)
         if options.soft_cap is not None:
             ds = ds * (1.0 - u * u)
-        return _dot(k_columns, ds, 2, 1), _dot(ds, q, 2, 1), _dot(p, dout, 2, 1)
+        return dot(k_columns, ds, 2, 1), dot(ds, q, 2, 1), dot(p, dout, 2, 1)
 
     def block(grads, x):
         i, row, q, dout, lse, delta = x
@@ -315,9 +321,3 @@ def _add(x, y):
 def _add_at(x, j, y):
     at_j = _add(_at(x, j), y)
     return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, j, 0), x, at_j)
-
-
-def _dot(a, b, axis_a, axis_b):
-    """Float32 products over one axis of each, for each entry of axis 0."""
-    dims = (((axis_a,), (axis_b,)), ((0,), (0,)))
-    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)

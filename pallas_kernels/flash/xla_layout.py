@@ -1,9 +1,13 @@
-"""How the tiled XLA form of attention cuts its arrays: rows, chains, pairs and blocks."""
+"""How the tiled XLA form of attention cuts its arrays: rows, chains, pairs and blocks.
+
+And what it shares with the form in strips.
+"""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.masks import blocks
 
@@ -34,12 +38,12 @@ def tiling(q, k, mask, prefix) -> Tiling:
     """The tiling for arrays of these shapes."""
     N, P, T, K, G, _ = q.shape
     most = max(1, TILE_SCORES // (G * BLOCK**2))
-    rows = _divisor(N, CHAINS * most // (P * K))
+    rows = divisor(N, CHAINS * most // (P * K))
     if prefix is not None:
         # Rows that share a step would each need their own copy of the prefix.
         rows = 1
-    pairs = _divisor(P * K, most)
-    chains = _divisor(rows * P * K // pairs, CHAINS)
+    pairs = divisor(P * K, most)
+    chains = divisor(rows * P * K // pairs, CHAINS)
     return Tiling(
         rows=rows,
         chunks=rows * P * K // pairs // chains,
@@ -50,7 +54,7 @@ def tiling(q, k, mask, prefix) -> Tiling:
     )
 
 
-def _divisor(n: int, most: int) -> int:
+def divisor(n: int, most: int) -> int:
     """The largest divisor of n that is at most `most`, and at least 1."""
     return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(most, 1))
 
@@ -140,3 +144,9 @@ def prefix_chains(tiling, prefix):
     axes = (tiling.chunks, tiling.chains, tiling.pairs)
     prefix = [x.reshape(*axes, *x.shape[2:]).astype(jnp.float32) for x in prefix]
     return tuple(tuple(x[:, c] for c in range(tiling.chains)) for x in prefix)
+
+
+def dot(a, b, axis_a, axis_b):
+    """Float32 products over one axis of each, for each entry of axis 0."""
+    dims = (((axis_a,), (axis_b,)), ((0,), (0,)))
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
