@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention, masks
+from pallas_kernels.flash import xla_strips
 from pallas_kernels.masks.examples import all_masks, documents
 
 B, P, M = 2, 2, 5
@@ -96,7 +97,18 @@ def test_oracle_is_the_definition(soft_cap):
 
 @pytest.mark.parametrize(
     ("kind", "T"),
-    [("packed", 1), ("packed", 2), ("packed", 128), ("causal", 300), ("full", 129)],
+    [
+        ("packed", 1),
+        ("packed", 2),
+        pytest.param("packed", 128, marks=pytest.mark.slow),
+        ("causal", 300),
+        ("full", 129),
+        pytest.param("causal", xla_strips.LONGEST, marks=pytest.mark.slow),
+        pytest.param("causal", xla_strips.LONGEST + 1, marks=pytest.mark.slow),
+        pytest.param("full", xla_strips.LONGEST + 1, marks=pytest.mark.slow),
+        pytest.param("packed", xla_strips.LONGEST_WITH_INTERVALS, marks=pytest.mark.slow),
+        ("packed", xla_strips.LONGEST_WITH_INTERVALS + 1),
+    ],
 )
 def test_lengths_and_masks(T, kind):
     mask = {
@@ -119,9 +131,12 @@ def same_shape(mask, rows: int, length: int, runs: int):
     return masks.Mask(jnp.pad(intervals, padding), dilation=mask.dilation)
 
 
-def test_every_mask_and_one_compilation_for_all():
-    """Masks of one shape differ in data alone: all but the dilated one share a compiled program."""
-    T = 200
+@pytest.mark.parametrize("T", [200, pytest.param(300, marks=pytest.mark.slow)])
+def test_every_mask_and_one_compilation_for_all(T):
+    """Masks of one shape differ in data alone: all but the dilated one share a compiled program.
+
+    The first length is computed in strips, the second in tiles.
+    """
     arrays = inputs(T)
     jitted.clear_cache()
     for name, mask in all_masks(B, T).items():
@@ -132,7 +147,7 @@ def test_every_mask_and_one_compilation_for_all():
     assert jitted._cache_size() == 2 * 2
 
 
-@pytest.mark.parametrize(("T", "S"), [(130, 130), (130, 301)])
+@pytest.mark.parametrize(("T", "S"), [(130, 130), (130, 530)])
 def test_keys_beyond_the_last_stay_hidden_without_runs(T, S):
     compare(masks.Mask(dilation=5), inputs(T, S))
 
@@ -150,9 +165,19 @@ def test_arrays_of_size_zero():
     assert [x.shape for x in gradient] == [x.shape for x in none]
 
 
-def test_masks_of_streams_may_differ():
-    intervals = jnp.stack([packed(documents(B, 150, seed)).intervals for seed in range(P)], 1)
-    compare(masks.Mask(intervals, causal=True), inputs(150))
+@pytest.mark.parametrize("T", [260, pytest.param(150, marks=pytest.mark.slow)])
+def test_masks_of_streams_may_differ(T):
+    intervals = jnp.stack([packed(documents(B, T, seed)).intervals for seed in range(P)], 1)
+    compare(masks.Mask(intervals, causal=True), inputs(T))
+
+
+def test_streams_of_a_row_in_several_steps(monkeypatch):
+    """Too many heads for the streams of a row to share a step: each finds its prefix and mask."""
+    monkeypatch.setattr(xla_strips, "SCORES", 2**14)
+    jitted.clear_cache()
+    intervals = jnp.stack([packed(documents(B, 140, seed)).intervals for seed in range(P)], 1)
+    compare(masks.Mask(intervals, causal=True), inputs(140))
+    jitted.clear_cache()
 
 
 def test_what_is_in_hidden_blocks_does_not_matter():
@@ -170,23 +195,26 @@ def test_what_is_in_hidden_blocks_does_not_matter():
 @pytest.mark.parametrize(
     ("group", "head_dim"), [(1, 56), (4, 64), (8, 80), (1, 96), (4, 128), (8, 160)]
 )
-def test_heads_that_share_a_key_head_and_widths_of_the_paper(group, head_dim):
-    arrays = inputs(129, heads=group, kv_heads=1, head_dim=head_dim, prefix=False)
+@pytest.mark.parametrize("T", [129, pytest.param(520, marks=pytest.mark.slow)])
+def test_heads_that_share_a_key_head_and_widths_of_the_paper(group, head_dim, T):
+    arrays = inputs(T, heads=group, kv_heads=1, head_dim=head_dim, prefix=False)
     compare(masks.causal(), arrays)
 
 
-@pytest.mark.parametrize("T", [40, 140])
+@pytest.mark.parametrize("T", [40, 140, 260])
 def test_soft_cap(T):
     compare(packed(documents(B, T)), inputs(T), soft_cap=2.0)
 
 
-@pytest.mark.parametrize(("T", "S"), [(3, 50), (200, 130)])
+@pytest.mark.parametrize(
+    ("T", "S"), [(3, 50), (200, 130), pytest.param(200, 300, marks=pytest.mark.slow)]
+)
 def test_as_many_keys_as_the_cache_has_slots(T, S):
     positions = jnp.arange(T) + jnp.array([[0], [4]])
     compare(masks.cached(positions, S), inputs(T, S))
 
 
-@pytest.mark.parametrize("T", [24, 140])
+@pytest.mark.parametrize("T", [24, 140, 260])
 def test_rows_that_see_nothing(T):
     """Zero output, log-sum-exp -inf, zero and finite gradients, though what is hidden is huge."""
     q, k, v, _ = inputs(T)
@@ -207,16 +235,16 @@ def test_rows_that_see_nothing(T):
         assert (np.moveaxis(np.asarray(gradient), 1, 2)[empty] == 0).all()
 
 
-@pytest.mark.parametrize("T", [32, 192])
+@pytest.mark.parametrize("T", [32, 192, pytest.param(520, marks=pytest.mark.slow)])
 def test_bfloat16(T):
     arrays = inputs(T, dtype=jnp.bfloat16)
     compare(masks.causal(), arrays, forward=3e-3, gradient=6e-3)
     assert attention(*arrays[:3], masks.causal()).dtype == jnp.bfloat16
 
 
-def test_causality_by_gradient():
-    q, k, v, prefix = inputs(150)
-    at = 130
+@pytest.mark.parametrize(("T", "at"), [(150, 130), pytest.param(520, 130, marks=pytest.mark.slow)])
+def test_causality_by_gradient(T, at):
+    q, k, v, prefix = inputs(T)
 
     def out_at(k, v):
         return jnp.sum(attention(q, k, v, masks.causal(), prefix=prefix)[:, :, at])
