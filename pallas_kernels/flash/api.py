@@ -72,7 +72,7 @@ def attention(
       scale: of the scores, a Python number; h ** -0.5 by default.
       soft_cap: c > 0, a Python number, to replace each score s by c tanh(s / c).
       return_lse: also return the log-sum-exp of each query's scores.
-      implementation: "xla" (in tiles, on any platform), "pallas_tpu", "pallas_gpu" (Hopper, of
+      implementation: "xla" (on any platform), "pallas_tpu", "pallas_gpu" (Hopper, of
         bfloat16 and float16), or "oracle" (every score in memory); None: the best that the
         platform has for arrays of these types. On a TPU or GPU it may refuse a mask whose lists or
         runs do not fit on the chip; "xla" takes it.
