@@ -7,6 +7,7 @@ in the workdir itself. Runs that train streams alone on one frozen backbone shar
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,11 @@ def run_folder(workdir: str | Path, config: Config) -> Path:
 
 def check_writable(folder: str | Path) -> None:
     """Raises InputError for a folder that is not there and cannot be made, or not be written."""
+    if re.match(r"\w{2,}:/", str(folder)):
+        raise InputError(
+            f"{folder}: an address, not a folder; mount the bucket and give the folder it is "
+            "mounted at"
+        )
     folder = Path(folder).absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir():
