@@ -60,7 +60,7 @@ def test_as_a_command(texts, tmp_path):
         (["--corpus={texts}", "--folder={texts}"], "is not empty"),
         (["--corpus={texts}", "--folder={new}", "--held_out=1.5"], "held_out=1.5: expected"),
         (["--corpus={texts}", "--folder={new}", "--learn=9", "--tokenizer=x"], "give only one"),
-        (["--corpus={texts}", "--folder={new}", "--learn=9"], "expected at least 256"),
+        (["--corpus={texts}", "--folder={new}", "--learn=9"], "--learn=9: expected at least 256"),
         (["--corpus={texts}", "--folder={new}", "--tokenizer=x.json"], "x.json: no such file"),
         (["--corpus={texts}", "--folder={file}/new"], "is a file; expected a folder"),
         (["--corpus={texts}", "--folder=gs://bucket/new"], "an address, not a folder"),
