@@ -8,6 +8,7 @@ import contextlib
 import csv
 import io
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ COLUMNS = (
     "held_out_loss",
     "bits_per_byte",
 )
+FLUSH_SECONDS = 10
+"""The longest that TensorBoard is kept waiting for figures, while there are new ones."""
 _COUNTS = frozenset({"step", "tokens", "skipped"})
 
 
@@ -52,9 +55,6 @@ class MetricsWriter:
         Raises:
           InputError: `metrics.csv` is there, but is not a file of this kind.
         """
-        # Only the process that writes records needs it, and it takes a while to import.
-        from tensorboardX import SummaryWriter
-
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / NAME
@@ -64,13 +64,7 @@ class MetricsWriter:
         os.replace(partial, self._path)
         # Unbuffered: every row is one write to the end of the file.
         self._file = self._path.open("ab", buffering=0)
-        # Event files are named by the second: a quick restart must not overwrite the one before.
-        self._events = SummaryWriter(
-            str(workdir),
-            purge_step=resume_step + 1,
-            flush_secs=10,
-            filename_suffix=f".{resume_step}.{os.getpid()}",
-        )
+        self._events = _Events(workdir, resume_step)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -88,14 +82,13 @@ class MetricsWriter:
 
         Raises:
           KeyError: a name that is not a column.
+          OSError: it cannot be written, as on a full disk.
         """
         if unknown := values.keys() - set(COLUMNS):
             raise KeyError(f"no such columns: {', '.join(sorted(unknown))}")
         row = {"step": step, **{name: value for name, value in values.items() if value is not None}}
         self._file.write(_line(_text(name, row.get(name)) for name in COLUMNS).encode())
-        for name, value in row.items():
-            if name != "step":
-                self._events.add_scalar(name, float(value), int(step))
+        self._events.write(int(row.pop("step")), row)
 
     def flush(self) -> None:
         """Writes the events that wait; before a checkpoint, so that no kill can lose them."""
@@ -105,6 +98,44 @@ class MetricsWriter:
         """Writes the events that wait, and closes both files."""
         self._file.close()
         self._events.close()
+
+
+class _Events:
+    """A file of TensorBoard events, written by the caller.
+
+    tensorboardX's SummaryWriter leaves that to a thread, which ends if it cannot write, on a full
+    disk say; whoever hands it events then waits for ever.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int):
+        # Only the process that writes records needs it, and it takes a while to import.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self._Event = event_pb2.Event
+        # Files are named by the second: a quick restart must not overwrite the one before.
+        self._file = EventsWriter(str(workdir / "events"), f".{resume_step}.{os.getpid()}")
+        # TensorBoard is to forget what it has seen from this step on.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(step=resume_step + 1, session_log=start)
+        self.flush()
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        """Adds the values of a step; they reach the disk within some seconds, or at a flush."""
+        figures = [{"tag": name, "simple_value": float(value)} for name, value in values.items()]
+        self._add(step=step, summary={"value": figures})
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def _add(self, **fields) -> None:
+        self._file.write_event(self._Event(wall_time=time.time(), **fields))
+
+    def flush(self) -> None:
+        self._flushed = time.monotonic()
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_csv(path: str | Path) -> dict[str, list[float | None]]:

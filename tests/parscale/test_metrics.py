@@ -108,6 +108,22 @@ def test_tensorboard_has_the_same_figures(tmp_path):
     assert purged[-1] == 2
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
+def test_events_that_cannot_be_written_end_the_run(tmp_path):
+    with pytest.raises(OSError, match="No space left"), MetricsWriter(tmp_path) as writer:  # noqa: PT012
+        (number,) = (
+            int(name)
+            for name in os.listdir("/proc/self/fd")
+            if os.path.realpath(f"/proc/self/fd/{name}").startswith(f"{tmp_path}/events")
+        )
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, number)
+        os.close(full)
+        for step in range(1, 1000):
+            writer.write(step, loss=1.0)
+        raise AssertionError("everything was written")
+
+
 def test_wrong_names_and_files_are_refused(tmp_path):
     with MetricsWriter(tmp_path / "run") as writer, pytest.raises(KeyError, match="los"):
         writer.write(1, los=2.0)
