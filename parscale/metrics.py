@@ -8,6 +8,8 @@ import contextlib
 import csv
 import io
 import os
+import socket
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,6 @@ COLUMNS = (
     "held_out_loss",
     "bits_per_byte",
 )
-FLUSH_SECONDS = 10
-"""The longest that TensorBoard is kept waiting for figures, while there are new ones."""
 _COUNTS = frozenset({"step", "tokens", "skipped"})
 
 
@@ -41,9 +41,6 @@ class NoMetrics(contextlib.AbstractContextManager):
 
     def write(self, step: int, **values: float | int | None) -> None:
         """Writes nothing."""
-
-    def flush(self) -> None:
-        """Has nothing to write."""
 
 
 class MetricsWriter:
@@ -90,12 +87,8 @@ class MetricsWriter:
         self._file.write(_line(_text(name, row.get(name)) for name in COLUMNS).encode())
         self._events.write(int(row.pop("step")), row)
 
-    def flush(self) -> None:
-        """Writes the events that wait; before a checkpoint, so that no kill can lose them."""
-        self._events.flush()
-
     def close(self) -> None:
-        """Writes the events that wait, and closes both files."""
+        """Closes both files."""
         self._file.close()
         self._events.close()
 
@@ -109,30 +102,29 @@ class _Events:
 
     def __init__(self, workdir: Path, resume_step: int):
         # Only the process that writes records needs it, and it takes a while to import.
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import masked_crc32c
 
-        self._Event = event_pb2.Event
-        # Files are named by the second: a quick restart must not overwrite the one before.
-        self._file = EventsWriter(str(workdir / "events"), f".{resume_step}.{os.getpid()}")
+        self._Event, self._checksum = event_pb2.Event, masked_crc32c
+        # A quick restart must not go on in the file of the process before.
+        name = f"{int(time.time())}.{socket.gethostname()}.{resume_step}.{os.getpid()}"
+        self._file = (workdir / f"events.out.tfevents.{name}").open("ab", buffering=0)
+        self._add(file_version="brain.Event:2")
         # TensorBoard is to forget what it has seen from this step on.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(step=resume_step + 1, session_log=start)
-        self.flush()
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
-        """Adds the values of a step; they reach the disk within some seconds, or at a flush."""
+        """Adds the values of a step."""
         figures = [{"tag": name, "simple_value": float(value)} for name, value in values.items()]
         self._add(step=step, summary={"value": figures})
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
 
     def _add(self, **fields) -> None:
-        self._file.write_event(self._Event(wall_time=time.time(), **fields))
-
-    def flush(self) -> None:
-        self._flushed = time.monotonic()
-        self._file.flush()
+        """Writes an event as a TFRecord: its length, the event, and checksums of both."""
+        event = self._Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(event))
+        sums = [struct.pack("<I", self._checksum(part)) for part in (length, event)]
+        self._file.write(length + sums[0] + event + sums[1])
 
     def close(self) -> None:
         self._file.close()
