@@ -28,6 +28,7 @@ from experiments.comparisons import (
     tables,
 )
 from experiments.workloads import Shape, versions
+from parscale import paths
 from sharding.settings import InputError
 
 FLAGS = program.new_flags()
@@ -147,6 +148,8 @@ def main(options: flags.FlagValues) -> None:
         )
     shape = Shape(**{field.name: options[field.name].value for field in dataclasses.fields(Shape)})
     shape.config(shape.streams)
+    if options.json:
+        paths.check_file("json", options.json)
     peers = options.peers and have_peers()
     print(facts(shape, threads, options.allocator, peers), end="\n\n")
     if options.peers and not peers:

@@ -189,7 +189,7 @@ def make_table(options: flags.FlagValues) -> int | None:
     given += [f"config.{name}" for name in program.changes(options)]
     if given:
         raise InputError(f"--table compiles steps of its own: leave out --{given[0]}")
-    from parscale import pod_report
+    from parscale import paths, pod_report
     from sharding.mesh import MeshConfig
 
     names = [name for name, _ in TABLE]
@@ -197,6 +197,8 @@ def make_table(options: flags.FlagValues) -> int | None:
         if name not in names:
             raise InputError(f"--only={name}: expected some of {', '.join(names)}")
     path = pathlib.Path(options.output or OUTPUT)
+    if options.output:
+        paths.check_file("output", path)
     rows = {}
     if options.only and path.exists():
         with path.open(newline="") as file:

@@ -40,15 +40,12 @@ def main(options: flags.FlagValues) -> None:
             f"--batch={options.batch} --rows={options.rows}: expected at least 1 and at least 0"
         )
     mesh_config = program.load_mesh(options)
-    from parscale import data, evaluation, shared_prompt, workdir
+    from parscale import data, evaluation, paths, shared_prompt, workdir
     from sharding.mesh import make_mesh
 
     mesh = make_mesh(mesh_config) if mesh_config else None
     if options.json:
-        try:
-            open(options.json, "a", encoding="utf-8").close()
-        except OSError as error:
-            raise InputError(f"--json={options.json}: {error.strerror}") from None
+        paths.check_file("json", options.json)
     weights = workdir.load_weights(options.workdir, options.streams)
     vocab_size = weights.model.vocab_size
     if options.files:

@@ -42,6 +42,8 @@ def main(flags: absl_flags.FlagValues) -> None:
             raise InputError(f"--{name} is missing: expected {flags[name].help}")
     if flags.learn and flags.tokenizer != "bytes":
         raise InputError(f"--learn={flags.learn} and --tokenizer={flags.tokenizer}: give only one")
+    if flags.learn and flags.learn < 256:
+        raise InputError(f"--learn={flags.learn}: expected at least 256, one token for each byte")
     folder = Path(flags.folder).expanduser()
     prepared.check_empty(folder)
     if flags.learn:

@@ -300,6 +300,7 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
     reason, orderly = "", False
     try:
         parse(flags, argv)
+        _check_device_count()
         # Libraries that define flags of their own read them from here.
         if not absl_flags.FLAGS.is_parsed():
             absl_flags.FLAGS(argv[:1])
@@ -314,10 +315,40 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
         _leave_closed_pipe()
         code = 1
     except Exception as error:
-        reason, code = f"{type(error).__name__}: {error}", 1
-        traceback.print_exc()
+        if refused := _refused_platform():
+            fail(refused)
+            reason, code = str(refused), 2
+        else:
+            reason, code = f"{type(error).__name__}: {error}", 1
+            traceback.print_exc()
     hosts.leave(code, reason, orderly)
     sys.exit(code)
+
+
+def _check_device_count() -> None:
+    """Raises InputError for a JAX_NUM_CPU_DEVICES that jax could not read."""
+    count = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
+    if not count.isdecimal() or int(count) < 1:
+        raise InputError(f"JAX_NUM_CPU_DEVICES={count}: expected a number of devices, at least 1")
+
+
+def _refused_platform() -> InputError | None:
+    """What to say where jax has no device of the platforms asked for; None where it has.
+
+    It is asked only after a failure: the answer takes a second, and has to wait for `hosts.start`.
+    """
+    platforms, jax = os.environ.get("JAX_PLATFORMS"), sys.modules.get("jax")
+    if not platforms or jax is None or hosts.several():
+        return None
+    try:
+        jax.devices()
+    except Exception as error:  # an AssertionError among others
+        why = f" ({error})" if str(error) else ""
+        return InputError(
+            f"JAX_PLATFORMS={platforms}: jax finds no such device here{why}; leave it out to take "
+            "what there is, or install jax for it: pip install -e '.[gpu]' or '.[tpu]'"
+        )
+    return None
 
 
 def run_commands(commands: Mapping[str, tuple[Main, absl_flags.FlagValues]], doc: str) -> NoReturn:

@@ -91,10 +91,7 @@ def _config(options: flags.FlagValues, task, name: str, seed: int):
     model = {
         "mixers": tuple(name.split("+")), "key_dim": options.key_dim, "rope_theta": ROPE_THETA,
     }  # fmt: skip
-    try:
-        return tasks.make_config(options, task.vocab_size, task.length, seed, **model)
-    except InputError as error:
-        raise InputError(f"--mixers={name}: {error}") from None
+    return tasks.make_config(options, task.vocab_size, task.length, seed, **model)
 
 
 def _table(scores: dict, seeds: list[int]) -> str:

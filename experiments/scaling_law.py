@@ -131,7 +131,7 @@ def fit(options: flags.FlagValues) -> None:
             f"--bootstrap={options.bootstrap}: expected at least 40, for 2.5 % of the draws "
             "to lie beyond each end of an interval"
         )
-    from parscale import law_figures, law_study, scaling_law
+    from parscale import law_figures, law_study, paths, scaling_law
 
     data = _read(options.data)
     for corpus, points in data.items():
@@ -139,7 +139,7 @@ def fit(options: flags.FlagValues) -> None:
     if options.figure:
         law_figures.check_path(options.figure)
     if options.json:
-        _check_writable(options.json)
+        paths.check_file("json", options.json)
     figures, drawn = {}, {}
     for corpus, points in data.items():
         published = PUBLISHED_FITS[corpus] if options.data == "published" else None
@@ -281,13 +281,6 @@ def _named(corpus: str, call, *args):
         return call(*args)
     except InputError as error:
         raise InputError(f"{corpus}: {error}") from None
-
-
-def _check_writable(path: str) -> None:
-    try:
-        open(path, "a", encoding="utf-8").close()
-    except OSError as error:
-        raise InputError(f"--json={path}: {error.strerror}") from None
 
 
 COMMANDS = {

@@ -9,7 +9,7 @@ import jax
 from models import huggingface
 from models.config import ModelConfig
 from models.growth import begin_from, check_growable
-from parscale import config_io, tokenizers, workdir
+from parscale import config_io, paths, tokenizers, workdir
 from parscale.checkpoints import Checkpoints
 from parscale.config import Config
 from parscale.quiet import quiet_late_writes
@@ -38,7 +38,7 @@ def convert(
         shrink, or the model does not fit Hugging Face's layout.
     """
     source, target = Path(source), Path(target)
-    workdir.check_writable(target)
+    paths.check_folder(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is in the way: give a folder that does not exist or is empty")
     weights = workdir.load_weights(source, _kept_streams(source, streams))

@@ -115,7 +115,7 @@ class Engine:
         if needed > most:
             raise InputError(
                 f"request {number} needs {needed} blocks of the cache for each stream, which has "
-                f"{most}: give it more tokens, or ask for less"
+                f"{most} of {self.slots} tokens: raise cache_tokens, or ask for less"
             )
         self._waiting.append(active)
         return number

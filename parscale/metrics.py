@@ -8,6 +8,9 @@ import contextlib
 import csv
 import io
 import os
+import socket
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +42,6 @@ class NoMetrics(contextlib.AbstractContextManager):
     def write(self, step: int, **values: float | int | None) -> None:
         """Writes nothing."""
 
-    def flush(self) -> None:
-        """Has nothing to write."""
-
 
 class MetricsWriter:
     """Appends rows to a workdir's `metrics.csv` and TensorBoard events. A context manager."""
@@ -52,9 +52,6 @@ class MetricsWriter:
         Raises:
           InputError: `metrics.csv` is there, but is not a file of this kind.
         """
-        # Only the process that writes records needs it, and it takes a while to import.
-        from tensorboardX import SummaryWriter
-
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / NAME
@@ -64,13 +61,7 @@ class MetricsWriter:
         os.replace(partial, self._path)
         # Unbuffered: every row is one write to the end of the file.
         self._file = self._path.open("ab", buffering=0)
-        # Event files are named by the second: a quick restart must not overwrite the one before.
-        self._events = SummaryWriter(
-            str(workdir),
-            purge_step=resume_step + 1,
-            flush_secs=10,
-            filename_suffix=f".{resume_step}.{os.getpid()}",
-        )
+        self._events = _Events(workdir, resume_step)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -88,23 +79,55 @@ class MetricsWriter:
 
         Raises:
           KeyError: a name that is not a column.
+          OSError: it cannot be written, as on a full disk.
         """
         if unknown := values.keys() - set(COLUMNS):
             raise KeyError(f"no such columns: {', '.join(sorted(unknown))}")
         row = {"step": step, **{name: value for name, value in values.items() if value is not None}}
         self._file.write(_line(_text(name, row.get(name)) for name in COLUMNS).encode())
-        for name, value in row.items():
-            if name != "step":
-                self._events.add_scalar(name, float(value), int(step))
-
-    def flush(self) -> None:
-        """Writes the events that wait; before a checkpoint, so that no kill can lose them."""
-        self._events.flush()
+        self._events.write(int(row.pop("step")), row)
 
     def close(self) -> None:
-        """Writes the events that wait, and closes both files."""
+        """Closes both files."""
         self._file.close()
         self._events.close()
+
+
+class _Events:
+    """A file of TensorBoard events, written by the caller.
+
+    tensorboardX's SummaryWriter leaves that to a thread, which ends if it cannot write, on a full
+    disk say; whoever hands it events then waits for ever.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int):
+        # Only the process that writes records needs it, and it takes a while to import.
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import masked_crc32c
+
+        self._Event, self._checksum = event_pb2.Event, masked_crc32c
+        # A quick restart must not go on in the file of the process before.
+        name = f"{int(time.time())}.{socket.gethostname()}.{resume_step}.{os.getpid()}"
+        self._file = (workdir / f"events.out.tfevents.{name}").open("ab", buffering=0)
+        self._add(file_version="brain.Event:2")
+        # TensorBoard is to forget what it has seen from this step on.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(step=resume_step + 1, session_log=start)
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        """Adds the values of a step."""
+        figures = [{"tag": name, "simple_value": float(value)} for name, value in values.items()]
+        self._add(step=step, summary={"value": figures})
+
+    def _add(self, **fields) -> None:
+        """Writes an event as a TFRecord: its length, the event, and checksums of both."""
+        event = self._Event(wall_time=time.time(), **fields).SerializeToString()
+        length = struct.pack("<Q", len(event))
+        sums = [struct.pack("<I", self._checksum(part)) for part in (length, event)]
+        self._file.write(length + sums[0] + event + sums[1])
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_csv(path: str | Path) -> dict[str, list[float | None]]:

@@ -21,7 +21,7 @@ from array_record.python import array_record_module
 from jaxtyping import Int, Int64
 from tqdm import tqdm
 
-from parscale import corpora, packing
+from parscale import corpora, packing, paths
 from parscale.tokenizers import BPETokenizer, Tokenizer, encode_stream, train_bpe
 from sharding.settings import InputError
 
@@ -261,7 +261,7 @@ def read_tokens(folder: str | Path, metadata: Metadata) -> tuple[StoredTokens, S
 
 
 def check_empty(folder: Path) -> None:
-    """Raises InputError for a folder in which something is."""
+    """Raises InputError for a folder in which something is, or that cannot be made."""
     if (folder / UNFINISHED).is_file():
         raise InputError(
             f"{folder}: holds a preparation that was interrupted or is still running; "
@@ -269,6 +269,7 @@ def check_empty(folder: Path) -> None:
         )
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InputError(f"{folder}: is not empty; give a new folder")
+    paths.check_folder(folder)
 
 
 def _check_share(held_out: float) -> None:

@@ -35,11 +35,12 @@ class Progress:
           file: where to show it; stderr by default.
         """
         self.steps, self.every, self.seconds = steps, every, seconds
-        self._first, self._elapsed = first, elapsed
+        self._elapsed = elapsed
         self._file = sys.stderr if file is None else file
         self._start = self._last_line = time.monotonic()
         self._last_step = first
         self._tokens = 0
+        self._shown: tuple[int, float] | None = None  # the first step shown, and when
         self._bar = None
         if self._file.isatty():
             self._bar = tqdm.tqdm(
@@ -61,11 +62,16 @@ class Progress:
         return self._elapsed + time.monotonic() - self._start
 
     def eta(self, step: int) -> float | None:
-        """Seconds left after `step`, at this process's mean speed; None before its first step."""
-        done = step - self._first
-        if done < 1:
+        """Seconds left after `step`; None until there is something to go by.
+
+        The speed is this process's since the first step it showed, which had to be compiled.
+        """
+        if step == self.steps:
+            return 0.0
+        if self._shown is None or step <= self._shown[0]:
             return None
-        return (time.monotonic() - self._start) / done * (self.steps - step)
+        first, begun = self._shown
+        return (time.monotonic() - begun) / (step - first) * (self.steps - step)
 
     def update(self, step: int, loss: float, tokens: int) -> None:
         """Shows that `step` is done.
@@ -77,6 +83,7 @@ class Progress:
         """
         self._tokens += tokens
         now = time.monotonic()
+        self._shown = self._shown or (step, now)
         if self._bar is not None:
             self._bar.set_description_str(self._text(step, loss, now), refresh=False)
             self._bar.update(step - self._bar.n)

@@ -246,7 +246,6 @@ class Loop:
     def save(self, state: TrainState, step: int, wait: bool = False) -> None:
         """Begins a checkpoint of a state."""
         self.record.data = self.batches.get_state()
-        self.metrics.flush()
         self.checkpoints.save(
             step,
             restart.saved_items(state, self.training.config.train.trainable),

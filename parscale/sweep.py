@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from parscale import config_io, flops, run, workdir
+from parscale import config_io, flops, paths, run, workdir
 from parscale.config import Config
 from parscale.progress import format_seconds
 from sharding.settings import InputError
@@ -157,7 +157,7 @@ def run_sweep(
       SaveError: a run could not be saved; the others were, and stopped.
     """
     folder = Path(folder)
-    workdir.check_writable(folder)
+    paths.check_folder(folder)
     configs = {point.name: sweep.config(point, folder) for point in sweep.points}
     rows = {}
     for name, config in configs.items():

@@ -6,7 +6,6 @@ in the workdir itself. Runs that train streams alone on one frozen backbone shar
 """
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from models.weights import StreamParam, abstract_weights
 from parscale import config_io, tokenizers
 from parscale.checkpoints import Checkpoints, restore_params
 from parscale.config import Config, DataConfig
+from parscale.paths import check_folder
 from sharding.settings import InputError
 
 CONFIG = "config.json"
@@ -77,7 +77,7 @@ def run_folder(workdir: str | Path, config: Config) -> Path:
       InputError: nothing can be written there, or the workdir already has a run with so many
         streams in the other place, so that a number would no longer choose between them.
     """
-    check_writable(workdir)
+    check_folder(workdir)
     own, alone = Path(workdir), Path(workdir) / STREAMS / str(config.model.streams)
     if config.train.trainable == "streams":
         run, other = alone, own
@@ -91,16 +91,6 @@ def run_folder(workdir: str | Path, config: Config) -> Path:
                 "train.trainable: give another --workdir"
             )
     return run
-
-
-def check_writable(folder: str | Path) -> None:
-    """Raises InputError for a folder that is not there and cannot be made, or not be written."""
-    folder = Path(folder).absolute()
-    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-    if not there.is_dir():
-        raise InputError(f"{folder}: {there} is a file; expected a folder, or a new name")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: {there} may not be written; expected a folder of yours")
 
 
 def is_run(folder: Path) -> bool:

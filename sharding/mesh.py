@@ -70,7 +70,7 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
         if devices % known:
             raise InputError(
                 f"mesh {config.describe()}: the fixed axes take {known} devices, "
-                f"which does not divide the {devices} there are"
+                f"which does not divide the {devices} there are: change a size"
             )
         sizes[sizes.index(-1)] = devices // known
     elif known != devices:

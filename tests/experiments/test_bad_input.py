@@ -100,6 +100,12 @@ def test_another_configuration_is_refused_by_the_names_of_its_fields(
     assert sorted(two.rglob("*")) == before
 
 
+def test_a_bucket_that_is_not_mounted_is_refused(texts, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert "gs:/bucket/run: an address, not a folder" in refused(capfd, texts, "gs://bucket/run")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_corpus_that_has_changed_is_refused(texts, two, tmp_path, capfd):
     folder = runs.copy(two, tmp_path / "run")
     other = tmp_path / "texts"

@@ -196,6 +196,7 @@ def test_a_failing_worker_says_why():
         ("--rounds=0", "--rounds=0"),
         ("--threads=0", "--threads=0"),
         ("--quiet=2", "--quiet=2"),
+        ("--json=nowhere/x.json", "--json=nowhere/x.json: No such file or directory"),
         ("--heads=3", "width=16 is not divisible by heads=3"),
         ("--rows=0", "rows=0: expected at least 1"),
         ("--rows=3", "rows=3 does not divide by streams=2"),

@@ -150,6 +150,11 @@ def test_bad_input_is_refused_in_a_line(capsys, words, told):
     assert told in runs.refusal(capsys, compile_for_pod, *PAPER, *words)
 
 
+def test_a_table_that_cannot_be_written_is_refused_before_any_work(capsys):
+    line = runs.refusal(capsys, compile_for_pod, "--table", "--output=nowhere/pod.csv")
+    assert "--output=nowhere/pod.csv: No such file or directory" in line
+
+
 def test_the_table_is_written_as_it_comes_and_mended_row_by_row(monkeypatch, capsys, tmp_path):
     path = tmp_path / "pod.csv"
 

@@ -5,6 +5,7 @@ import pytest
 import runs
 
 from experiments import cost, program
+from parscale import cost_measured
 from parscale.cost import CHIPS, decode_cost
 
 TINY = ("--config=tiny", "--prompt=8", "--output=4")
@@ -92,6 +93,14 @@ def test_measured_beside_predicted(monkeypatch, capfd):
         assert len(times) == 8
         assert min(times) > 0
     assert row(out, "P = 1")[4:] == [1, 1, 1, 1]
+
+
+def test_a_prefill_that_was_held_up_does_not_shorten_the_steps(monkeypatch):
+    times = iter([(1.0, 9.0), (1.0, 3.0), (2.5, 3.2), (1.1, 9.0), (1.2, 3.1), (9.0, 9.0)])
+    monkeypatch.setattr(cost_measured, "_decoding", lambda *_: lambda: next(times))
+    monkeypatch.setattr(cost_measured, "ROUNDS", 5)
+    (seen,) = cost_measured.measure_decoding([None], batch=1, prompt=1, output=5)
+    assert seen == cost_measured.Decoding(prefill=1.0, step=0.5)
 
 
 @pytest.mark.parametrize(

@@ -60,12 +60,14 @@ def test_as_a_command(texts, tmp_path):
         (["--corpus={texts}", "--folder={texts}"], "is not empty"),
         (["--corpus={texts}", "--folder={new}", "--held_out=1.5"], "held_out=1.5: expected"),
         (["--corpus={texts}", "--folder={new}", "--learn=9", "--tokenizer=x"], "give only one"),
-        (["--corpus={texts}", "--folder={new}", "--learn=9"], "expected at least 256"),
+        (["--corpus={texts}", "--folder={new}", "--learn=9"], "--learn=9: expected at least 256"),
         (["--corpus={texts}", "--folder={new}", "--tokenizer=x.json"], "x.json: no such file"),
+        (["--corpus={texts}", "--folder={file}/new"], "is a file; expected a folder"),
+        (["--corpus={texts}", "--folder=gs://bucket/new"], "an address, not a folder"),
     ],
 )
 def test_refusals_are_one_line_before_any_work(texts, tmp_path, capsys, arguments, message):
-    places = {"texts": texts, "new": tmp_path / "new"}
+    places = {"texts": texts, "new": tmp_path / "new", "file": next(texts.iterdir())}
     assert run(*(argument.format(**places) for argument in arguments)) == 2
     error = capsys.readouterr().err.splitlines()
     assert message in error[-1]

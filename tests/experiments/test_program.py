@@ -33,8 +33,8 @@ from parscale import config_io
 from sharding.settings import InputError
 
 FLAGS = program.new_flags(config=True)
-flags.DEFINE_enum("do", "show", ["show", "sleep", "loop", "crash", "refuse", "return", "exit"],
-                  "what to do", flag_values=FLAGS)
+flags.DEFINE_enum("do", "show", ["show", "sleep", "loop", "crash", "refuse", "return", "exit",
+                  "devices"], "what to do", flag_values=FLAGS)
 flags.DEFINE_integer("steps", 5, "how often", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("workdir", None, "folder", required=True, flag_values=FLAGS)
 flags.DEFINE_multi_string("prompt", [], "text", flag_values=FLAGS)
@@ -65,6 +65,10 @@ def main(flags):
         raise RuntimeError("broken")
     elif flags.do == "refuse":
         raise InputError("first\\nsecond")
+    elif flags.do == "devices":
+        import jax
+
+        jax.devices()
     elif flags.do == "return":
         return 7
     elif flags.do == "exit":
@@ -118,9 +122,9 @@ def show(folder, *arguments, **environment):
     return json.loads(out)
 
 
-def refused(folder, *arguments):
+def refused(folder, *arguments, **environment):
     """The one line with which the arguments are refused."""
-    code, out, error = finish(start(folder, *arguments))
+    code, out, error = finish(start(folder, *arguments, **environment))
     assert (code, out) == (2, ""), error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -222,6 +226,14 @@ def test_bad_input_from_outside(folder):
     assert "did you mean" in refused(folder, "--config=timy")
     assert refused(folder, "--do=refuse") == "error: first second\n"
     assert "one of" in refused(folder)
+
+
+def test_devices_that_are_not_there(folder):
+    line = refused(folder, "--do=devices", JAX_PLATFORMS="nonsense")
+    assert "JAX_PLATFORMS=nonsense: jax finds no such device here" in line
+    for count in ("many", "0"):
+        line = refused(folder, "--config=tiny", JAX_NUM_CPU_DEVICES=count)
+        assert f"JAX_NUM_CPU_DEVICES={count}: expected a number of devices" in line
 
 
 def test_missing_required_flag(capsys):

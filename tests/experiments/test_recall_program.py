@@ -50,13 +50,13 @@ def test_help(capfd):
 @pytest.mark.parametrize(
     ("word", "messages"),
     [
-        ("--mixers=attention,deltanet", ["--mixers=deltanet", '"delta_net"']),
+        ("--mixers=attention,deltanet", ["error: mixers=deltanet", '"delta_net"']),
+        ("--steps=0", ["error: steps=0: expected at least 1"]),
         ("--mixers=gla+kda+gla", ["layers=2 is not a multiple of the 3 names"]),
         ("--mixers=", ["--mixers is empty"]),
         ("--seeds=0,one", ["--seeds=0,one", "whole numbers"]),
         ("--seeds=1,1", ["--seeds=1,1", "different"]),
         ("--seeds=", ["--seeds="]),
-        ("--steps=0", ["steps=0", "at least 1"]),
         ("--steps=many", ["--steps=many", "an integer"]),
         ("--step=3", ["--step", '"--steps"']),
         ("--length=255", ["length=255", "a power of 2"]),

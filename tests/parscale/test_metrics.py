@@ -20,6 +20,18 @@ def write_steps(workdir, steps, resume_step=0):
             writer.write(step, loss=5.0 / step, tokens=step * 64, learning_rate=np.float32(1e-3))
 
 
+def checksum(content: bytes) -> bytes:
+    """The masked CRC-32C of TFRecord, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    rotated = (crc >> 15 | crc << 17) & 0xFFFFFFFF
+    return ((rotated + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
+
+
 def events(workdir) -> list[Event]:
     """The records of every event file: 8 bytes of length, 4 of checksum, the record, 4 more."""
     found = []
@@ -27,6 +39,8 @@ def events(workdir) -> list[Event]:
         content = path.read_bytes()
         while content:
             length = int.from_bytes(content[:8], "little")
+            assert content[8:12] == checksum(content[:8])
+            assert content[12 + length : 16 + length] == checksum(content[12 : 12 + length])
             found.append(Event.FromString(content[12 : 12 + length]))
             content = content[16 + length :]
     return found
@@ -106,6 +120,20 @@ def test_tensorboard_has_the_same_figures(tmp_path):
     # TensorBoard is told to forget what a resume does again.
     purged = [event.step for event in found if event.HasField("session_log")]
     assert purged[-1] == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
+def test_events_that_cannot_be_written_end_the_run(tmp_path):
+    with pytest.raises(OSError, match="No space left"), MetricsWriter(tmp_path) as writer:  # noqa: PT012
+        (number,) = (
+            int(name)
+            for name in os.listdir("/proc/self/fd")
+            if os.path.realpath(f"/proc/self/fd/{name}").startswith(f"{tmp_path}/events")
+        )
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, number)
+        os.close(full)
+        writer.write(1, loss=1.0)
 
 
 def test_wrong_names_and_files_are_refused(tmp_path):

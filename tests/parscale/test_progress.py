@@ -39,14 +39,19 @@ def test_plain_lines_come_by_steps_and_by_time(clock):
 def test_speed_is_of_this_process_and_elapsed_of_the_whole_run(clock):
     file = io.StringIO()
     with Progress(300, first=100, elapsed=3600, every=1, file=file) as shown:
-        assert shown.eta(100) is None
+        clock.now += 60
+        shown.update(101, loss=1.5, tokens=500)
+        assert shown.eta(101) is None
         clock.now += 20
-        shown.update(110, loss=1.23456, tokens=5000)
-        # 10 steps in 20 s: 190 more take 380 s, whatever the first 100 took.
-        assert shown.eta(110) == pytest.approx(380)
-        assert shown.elapsed() == pytest.approx(3620)
-    line = "step 110/300  loss 1.2346  250 tokens/s  elapsed 1h00m  ETA 6m20s\n"
-    assert file.getvalue() == line
+        shown.update(111, loss=1.23456, tokens=5000)
+        # 10 steps in 20 s: 189 more take 378 s, whatever the first 100 and compiling took.
+        assert shown.eta(111) == pytest.approx(378)
+        assert shown.elapsed() == pytest.approx(3680)
+        assert shown.eta(300) == 0
+    assert file.getvalue().splitlines() == [
+        "step 101/300  loss 1.5000  8 tokens/s  elapsed 1h01m  ETA ?",
+        "step 111/300  loss 1.2346  69 tokens/s  elapsed 1h01m  ETA 6m18s",
+    ]
 
 
 def test_a_terminal_has_one_line_that_is_written_over():
