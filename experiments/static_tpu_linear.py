@@ -10,6 +10,7 @@ dimensions, all their gradients and the states before each chunk once through it
 """
 
 import json
+import os
 import sys
 from typing import NamedTuple
 
@@ -158,6 +159,8 @@ def _kernel(step: Step, chunks: int):
     )
     layout = tpu.choose_layout(options, inputs, back=step.kernel == "backward")
     names = {}
+    if os.environ.get("MILD"):
+        layout = layout._replace(form=layout.form._replace(block=int(os.environ["MILD"])))
 
     def operands(inputs):
         arrays, found, *_ = tpu.operands(options, layout, inputs)

@@ -116,7 +116,7 @@ def test_correlated_keys(dtype, recurrence):
     expected = jitted(tuple(x.astype(jnp.float32) for x in arrays), named, "oracle")
     found = errors(got, expected)
     # KDA rounds queries and keys times their decays to bfloat16, whose errors are up to 2e-3.
-    narrow = 1.5e-2 if recurrence == "kda" else 6e-3
+    narrow = 6e-3
     assert max(found.values()) < (3e-5 if dtype == jnp.float32 else narrow), found
 
 
