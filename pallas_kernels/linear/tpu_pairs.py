@@ -11,11 +11,10 @@ from pallas_kernels.linear.gates import STEPS
 from pallas_kernels.linear.tpu_products import Parts, precise, product
 
 MILD = 64.0
-"""Sum of the sizes of log decays up to which exponents of either sign stay far within float32. One
-alone is not larger (`options.LOWEST`)."""
+"""Sum of the sizes of log decays up to which exponents of either sign stay far within float32."""
 
 BLOCK = 16
-"""Tokens."""
+"""Tokens that share a middle where those of a whole tile cannot."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -97,42 +96,37 @@ decayed_products.defvjp(_decayed_forward, _decayed_backward)
 
 
 def _by_strength(function, size, strength, *arrays):
-    """`function(size, *arrays)` for the size of blocks that decays allow: for all heads together if
-    that is the tile, else for one by one, of which each holds much more."""
+    """`function(size, *arrays)`, for the size of blocks that decays allow if None is given: for all
+    heads together if that is the tile, else for one after the other, for which there is memory."""
     if size is not None:
         return function(size, *arrays)
 
     def is_mild(blocks):
         return jnp.max(blocks) < MILD
 
-    def of_one(strength, arrays):
-        sizes = (functools.partial(function, size) for size in (BLOCK, 2))
-        return lax.cond(is_mild(strength), *sizes, *arrays)
+    def by_blocks(strength, arrays, wrap=lambda function: function):
+        of_size = (wrap(functools.partial(function, size)) for size in (BLOCK, 2))
+        return lax.cond(is_mild(strength), *of_size, *arrays)
 
-    choose = jax.custom_batching.custom_vmap(of_one)
+    of_heads = jax.custom_batching.custom_vmap(by_blocks)
 
-    @choose.def_vmap
+    @of_heads.def_vmap
     def _(heads, batched, strength, arrays):
-        tile, blocks, least = (
-            jax.vmap(functools.partial(function, size)) for size in (arrays[1].shape[-2], BLOCK, 2)
-        )
-
         def widen(x, has_heads):
             return x if has_heads else jnp.broadcast_to(x, (heads, *x.shape))
 
         def one_by_one(*arrays):
-            # Each with its axis: products are made of several heads.
-            made = []
-            for i in range(heads):
-                head = jax.tree.map(lambda x, i=i: x[i : i + 1], arrays)
-                made.append(lax.cond(is_mild(strength[i]), blocks, least, *head))
+            # Each still with an axis of heads, which products in the kernels need.
+            each = [jax.tree.map(lambda x, i=i: x[i : i + 1], arrays) for i in range(heads)]
+            made = (by_blocks(x, head, jax.vmap) for x, head in zip(strength, each, strict=True))
             return jax.tree.map(lambda *x: jnp.concatenate(x), *made)
 
         strength, arrays = jax.tree.map(widen, (strength, arrays), tuple(batched))
-        made = lax.cond(is_mild(jnp.sum(strength, 1)), tile, one_by_one, *arrays)
+        of_tile = jax.vmap(functools.partial(function, arrays[1].shape[1]))
+        made = lax.cond(is_mild(jnp.sum(strength, 1)), of_tile, one_by_one, *arrays)
         return made, jax.tree.map(lambda _: True, made)
 
-    return choose(strength, arrays)
+    return of_heads(strength, arrays)
 
 
 def _products(parts, size, xs, k, total, visible):
