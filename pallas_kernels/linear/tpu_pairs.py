@@ -104,11 +104,13 @@ def _by_strength(function, size, strength, *arrays):
     def is_mild(blocks):
         return jnp.max(blocks) < MILD
 
-    def by_blocks(strength, arrays, wrap=lambda function: function):
-        of_size = (wrap(functools.partial(function, size)) for size in (BLOCK, 2))
-        return lax.cond(is_mild(strength), *of_size, *arrays)
+    of_tile, *of_blocks = (
+        functools.partial(function, size) for size in (arrays[1].shape[0], BLOCK, 2)
+    )
 
-    of_heads = jax.custom_batching.custom_vmap(by_blocks)
+    @jax.custom_batching.custom_vmap
+    def of_heads(strength, arrays):
+        return lax.cond(is_mild(strength), *of_blocks, *arrays)
 
     @of_heads.def_vmap
     def _(heads, batched, strength, arrays):
@@ -116,14 +118,16 @@ def _by_strength(function, size, strength, *arrays):
             return x if has_heads else jnp.broadcast_to(x, (heads, *x.shape))
 
         def one_by_one(*arrays):
-            # Each still with an axis of heads, which products in the kernels need.
-            each = [jax.tree.map(lambda x, i=i: x[i : i + 1], arrays) for i in range(heads)]
-            made = (by_blocks(x, head, jax.vmap) for x, head in zip(strength, each, strict=True))
+            made = []
+            for i in range(heads):
+                # Still with an axis of heads, which products in the kernels need.
+                head = jax.tree.map(lambda x, i=i: x[i : i + 1], arrays)
+                made.append(lax.cond(is_mild(strength[i]), *map(jax.vmap, of_blocks), *head))
             return jax.tree.map(lambda *x: jnp.concatenate(x), *made)
 
         strength, arrays = jax.tree.map(widen, (strength, arrays), tuple(batched))
-        of_tile = jax.vmap(functools.partial(function, arrays[1].shape[1]))
-        made = lax.cond(is_mild(jnp.sum(strength, 1)), of_tile, one_by_one, *arrays)
+        is_mild_tile = is_mild(jnp.sum(strength, 1))
+        made = lax.cond(is_mild_tile, jax.vmap(of_tile), one_by_one, *arrays)
         return made, jax.tree.map(lambda _: True, made)
 
     return of_heads(strength, arrays)
