@@ -179,10 +179,11 @@ def pass_tile(
         else:
             out = out * form.scale
     if form.delta and not form.by_key:
-        added = product(precise(form.narrow, 1), k, _times(pairs.leave, v), (0, 0))
+        added = product(precise(form.narrow, 1, g=1), k, _times(pairs.leave, v), (0, 0))
     else:
         leaving = _times(pairs.leave, k)
-        added = product(_parts(form), leaving, v, (0, 0))
+        parts = precise(form.narrow, g=1) if form.delta else NARROW[form.narrow]
+        added = product(parts, leaving, v, (0, 0))
     kept = [_kept(form, factor, state) for factor, state in states]
     matrix = sum((state.matrix for state in kept), start=added)
     normalizer = None
@@ -193,15 +194,11 @@ def pass_tile(
     return out, State(matrix, normalizer)
 
 
-def _parts(form):
-    return precise(form.narrow) if form.delta else NARROW[form.narrow]
-
-
 def _read(form, x, factor, state):
     """What `x` finds in a state, with the delta rule."""
     if form.by_key:
-        return product(precise(form.narrow), _times(factor, x), state.matrix, (1, 0))
-    return _times(factor, product(precise(form.narrow, 1), x, state.matrix, (1, 0)))
+        return product(precise(form.narrow, g=1), _times(factor, x), state.matrix, (1, 0))
+    return _times(factor, product(precise(form.narrow, 1, g=1), x, state.matrix, (1, 0)))
 
 
 def _kept(form, factor, state):
