@@ -29,6 +29,7 @@ import tempfile
 from typing import NamedTuple
 
 from parscale.chips import find_chip
+from sharding.pods import topologies
 
 # Topology, and cycles per second: the peak of the chip over the products that its units make in a
 # cycle (4 of 128 x 128, or 2 of 256 x 256 and two rows).
@@ -152,8 +153,7 @@ def estimate(module: str, arguments: list, kernel: str) -> int:
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            **topologies.LIBTPU,
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}",
         }
         done = subprocess.run(

@@ -2,7 +2,9 @@
 
 All steps of a grid are alike, without a loop: the cycles of a step are the difference of two grids,
 one of twice as many chunks, over the difference of their chunks. What begins and ends a sequence, a
-copy of the state, stands under a condition and is not counted.
+copy of the state, stands under a condition and is not counted. So do products with a decay for each
+dimension of a key: these estimates are of kernels made for decays of one strength. Where it is
+strong the kernel takes one head after the other, which the estimate does not see.
 
 Floors: the products of the chunkwise form in tiles of 128 tokens, once each, at the peak of the
 chip in bfloat16, without the inverse of the delta rule; and q, k, v, the output, decays of key
@@ -16,20 +18,22 @@ from typing import NamedTuple
 from experiments.static_tpu import TARGETS, estimate
 from parscale.chips import find_chip
 
-# Which gates there are: a decay for each head or dimension of a key, beta, an input gate; and
-# whether outputs are normalized.
+TILE = 128
+# Which gates there are: a decay for each head or dimension of a key, beta, an input gate; whether
+# outputs are normalized; and the tokens of the blocks that decays of a key's dimensions allow.
 FAMILIES = {
-    "retention": ("head", False, False, False),
-    "mlstm": ("head", False, True, True),
-    "gla": ("key", False, False, False),
-    "delta": (None, True, False, False),
-    "gated delta": ("head", True, False, False),
-    "kda": ("key", True, False, False),
+    "retention": ("head", False, False, False, None),
+    "mlstm": ("head", False, True, True, None),
+    "gla": ("key", False, False, False, TILE),
+    "gla, strong decay": ("key", False, False, False, 16),
+    "delta": (None, True, False, False, None),
+    "gated delta": ("head", True, False, False, None),
+    "kda": ("key", True, False, False, TILE),
+    "kda, strong decay": ("key", True, False, False, 16),
 }
 # Matrix products of a tile, without the delta rule and with it, and arrays of [T, h].
 PRODUCTS = {"forward": (4, 7), "backward": (10, 21)}
 ARRAYS = {"forward": 4, "backward": 7}
-TILE = 128
 SIZES = (64, 128, 256, 512)
 HEADS = 4  # in all; a step has as many of them as the kernel takes at once
 CHUNKS = 2  # of the smaller grid that is estimated; the larger has twice as many
@@ -139,7 +143,7 @@ def _kernel(step: Step, chunks: int):
     from pallas_kernels.linear import tpu, tpu_kernels
     from pallas_kernels.linear.options import Inputs, Options
 
-    decay, beta, gate, normalize = FAMILIES[step.family]
+    decay, beta, gate, normalize, block = FAMILIES[step.family]
     T, H, h = chunks * step.chunk, HEADS, step.h
     options = Options(h**-0.5, normalize, step.chunk)
 
@@ -158,6 +162,7 @@ def _kernel(step: Step, chunks: int):
     )
     layout = tpu.choose_layout(options, inputs, back=step.kernel == "backward")
     names = {}
+    layout = layout._replace(form=layout.form._replace(block=block))
 
     def operands(inputs):
         arrays, found, *_ = tpu.operands(options, layout, inputs)

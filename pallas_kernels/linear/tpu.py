@@ -96,9 +96,9 @@ def choose_layout(options: Options, inputs: Inputs, back: bool) -> Layout:
 
 
 def _longest(options, inputs):
-    """The longest chunk, up to that of `options`, of which a head fits in VMEM; or one tile."""
+    """The longest chunk, up to that of `options`, of which a head fits in VMEM."""
     layout = make_layout(options, inputs, options.chunk, 1)
-    while layout.chunk > layout.tile and memory(layout, back=True) > VMEM_LIMIT:
+    while layout.chunk > tpu_layout.SHORTEST and memory(layout, back=True) > VMEM_LIMIT:
         layout = make_layout(options, inputs, layout.chunk // 2, 1)
     return layout.chunk
 

@@ -45,7 +45,8 @@ def _solved_forward(narrow, inverse, a, x):
 def _solved_backward(narrow, saved, g):
     inverse, y = saved
     dx = product(precise(narrow), inverse, g, (0, 0))
-    return None, -product(precise(narrow), dx, y, (1, 1)), dx
+    # The gradient of `a` goes no further through a recurrence: that of the solution may be rounded.
+    return None, -product(precise(narrow, 1), dx, y, (1, 1)), dx
 
 
 solved.defvjp(_solved_forward, _solved_backward)

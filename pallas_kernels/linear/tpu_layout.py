@@ -20,7 +20,7 @@ from pallas_kernels.linear.tpu_tile import Form, State
 TILE = 128
 ARRAYS_OF_A_TILE = {
     (False, False): (8, 10),
-    (False, True): (10, 16),
+    (False, True): (10, 24),
     (True, False): (24, 46),
     (True, True): (24, 56),
 }
@@ -102,7 +102,7 @@ def make_layout(options: Options, inputs: Inputs, chunk: int, heads: int) -> Lay
     narrow = jnp.result_type(inputs.q, inputs.k, inputs.v).name
     delta, tile = inputs.beta is not None, min(chunk, TILE)
     # There is no memory for two if more is held of each.
-    single = by_key and (inputs.documents is not None or narrow == "float32")
+    single = min(hk, hv) > LANES or (by_key and narrow == "float32")
     return Layout(
         N=N,
         P=P,

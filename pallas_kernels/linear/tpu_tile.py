@@ -12,16 +12,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.linear.tpu_inverse import solved, unit_lower_inverse
+from pallas_kernels.linear.tpu_pairs import decayed_products, gap, strengths, sums, tiled
 from pallas_kernels.linear.tpu_products import (
     LANES,
     NARROW,
-    decayed_products,
     divided,
-    gap,
     last_row,
     precise,
     product,
-    sums,
 )
 
 
@@ -33,6 +31,7 @@ class Form(NamedTuple):
       narrow: name of the type of the operands of products.
       normalize, delta: as in `Options`; whether there is a beta.
       by_key: each dimension of a key has its own decay.
+      block: tokens whose decay is taken from one of them, as in `tpu_pairs.decayed_products`.
     """
 
     scale: float
@@ -40,6 +39,7 @@ class Form(NamedTuple):
     normalize: bool
     delta: bool
     by_key: bool
+    block: int | None = None
 
 
 class Tokens(NamedTuple):
@@ -104,28 +104,38 @@ def make_pairs(
         product, precise(form.narrow, 1, 1) if form.delta else NARROW[form.narrow]
     )
     if form.by_key:
-        since = sums(form.narrow, visible, decay)
+        # Differences of sums over all documents serve those of one.
+        since = sums(form.narrow, _causal(q.shape[0]), decay)
         from_start, end = jnp.exp(sum(since)), [last_row(part) for part in since]
-        of_pairs = lambda x: decayed_products(form.narrow, x, k, since, visible)
-        # Tokens of other documents than the last have a factor of 0 besides.
-        to_end = gap(end, since)
-        to_end = jnp.exp(jnp.where(to_end > 0.0, 0.0, to_end))
+        # Unlike keys and queries, these times a decay are not exact.
+        parts = precise(form.narrow, g=2 if form.delta else 1)
+        # Exponents of float32 would lose digits in blocks of more tokens.
+        size = 2 if form.narrow == "float32" else form.block
+        found = strengths(decay)
+        of_pairs = lambda xs: decayed_products(parts, size, found, xs, k, since, visible)
+        to_end = jnp.exp(gap(end, since))
         enter = from_start if enter is None else enter * from_start
         leave = to_end if leave is None else leave * to_end
-        restart = _times(restart, from_start)
+        if restart is not None:
+            restart = restart * jnp.exp(sum(sums(form.narrow, visible, decay)))
     elif "low" in rows:
         fade = columns["low"] - rows["low"]
         if "high" in rows:
             fade += columns["high"] - rows["high"]
         fade = jnp.exp(jnp.where(visible, fade, -jnp.inf))
-        of_pairs = lambda x: dot(x, k, (1, 1)) * fade
+        of_pairs = lambda xs: dot(xs, k, (1, 1)) * tiled(fade, xs)
     else:
-        of_pairs = lambda x: jnp.where(visible, dot(x, k, (1, 1)), 0.0)
+        of_pairs = lambda xs: jnp.where(tiled(visible, xs), dot(xs, k, (1, 1)), 0.0)
     overlap = inverse = None
     if form.delta:
-        overlap = jnp.where(_strict(q.shape[0]), of_pairs(k), 0.0) * columns["beta"]
+        C = q.shape[0]
+        both = of_pairs(jnp.concatenate([q, k], 0))
+        scores = both[:C]
+        overlap = jnp.where(_strict(C), both[C:], 0.0) * columns["beta"]
         inverse = unit_lower_inverse(form.narrow, lax.stop_gradient(overlap))
-    scores = _times(rows.get("weight"), of_pairs(q))
+    else:
+        scores = of_pairs(q)
+    scores = _times(rows.get("weight"), scores)
     if form.delta:
         scores = scores * form.scale
     return Pairs(scores, overlap, inverse, enter, restart, leave)
@@ -169,10 +179,11 @@ def pass_tile(
         else:
             out = out * form.scale
     if form.delta and not form.by_key:
-        added = product(precise(form.narrow, 1), k, _times(pairs.leave, v), (0, 0))
+        added = product(precise(form.narrow, 1, g=1), k, _times(pairs.leave, v), (0, 0))
     else:
         leaving = _times(pairs.leave, k)
-        added = product(_parts(form), leaving, v, (0, 0))
+        parts = precise(form.narrow, g=1) if form.delta else NARROW[form.narrow]
+        added = product(parts, leaving, v, (0, 0))
     kept = [_kept(form, factor, state) for factor, state in states]
     matrix = sum((state.matrix for state in kept), start=added)
     normalizer = None
@@ -183,15 +194,11 @@ def pass_tile(
     return out, State(matrix, normalizer)
 
 
-def _parts(form):
-    return precise(form.narrow) if form.delta else NARROW[form.narrow]
-
-
 def _read(form, x, factor, state):
     """What `x` finds in a state, with the delta rule."""
     if form.by_key:
-        return product(precise(form.narrow), _times(factor, x), state.matrix, (1, 0))
-    return _times(factor, product(precise(form.narrow, 1), x, state.matrix, (1, 0)))
+        return product(precise(form.narrow, g=1), _times(factor, x), state.matrix, (1, 0))
+    return _times(factor, product(precise(form.narrow, 1, g=1), x, state.matrix, (1, 0)))
 
 
 def _kept(form, factor, state):
@@ -227,9 +234,13 @@ def _turned(row, columns):
     return jnp.broadcast_to(row, (columns, row.shape[1])).T
 
 
-def _visible(C, columns, rows):
+def _causal(C):
     row, column = (lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
-    visible = row >= column
+    return row >= column
+
+
+def _visible(C, columns, rows):
+    visible = _causal(C)
     if "document" in rows:
         visible &= columns["document"] == rows["document"]
     return visible

@@ -18,13 +18,15 @@ from sharding.settings import InputError, nearest
 if typing.TYPE_CHECKING:
     import jax
 
-# Without these libtpu asks a cloud for its metadata and complains of what it does not find, and
-# refuses to be loaded by two processes. The slice it is told of is not the one to compile for.
+# Without these libtpu asks a cloud for its metadata and complains of what it does not find, refuses
+# to be loaded by two processes, and writes a log of up to 100 MB for every kernel that it compiles.
+# The slice it is told of is not the one to compile for.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
 }
 
 PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import jax
 
+from sharding.pods import topologies
+
 TOPOLOGIES = {
     "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
     "v5e": ("v5e:2x2", {}),
@@ -34,7 +36,7 @@ def process() -> ProcessPoolExecutor:
 
 
 def _prepare():
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    os.environ.update(topologies.LIBTPU)
 
 
 def compiled(target, mask, arrays, soft_cap, blocks) -> list[Program]:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as Spec
 from sequence_cases import on_mesh
 
 from pallas_kernels import masks
+from sharding.pods import topologies
 from sharding.sequence import ring
 
 
@@ -128,10 +129,9 @@ with jax.set_mesh(mesh), sequence.using(attention="ring"), dispatch.compiling_fo
 @pytest.fixture(scope="module")
 def tpu_program():
     """The text of the compiled forward and backward ring over 4 chips."""
-    settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env=os.environ | settings,
+        env=os.environ | topologies.LIBTPU,
         capture_output=True,
         text=True,
         check=False,
