@@ -17,7 +17,7 @@ import typing
 
 from absl import flags
 
-from experiments import program, timing
+from experiments import process, program, timing
 from experiments.comparisons import (
     ALLOCATORS,
     MEASURES,
@@ -100,7 +100,7 @@ def facts(shape, threads: int, allocators: list[str], peers: bool) -> str:
     lines = [
         f"{cpu_name()}, {threads} threads on {cores()} cores; load {os.getloadavg()[0]:.1f}",
         f"Python {sys.version.split()[0]}, {', '.join(names)}",
-        f"allocator: {' and '.join(allocators)} (tuned: GLIBC_TUNABLES={program.ALLOCATOR})",
+        f"allocator: {' and '.join(allocators)} (tuned: GLIBC_TUNABLES={process.ALLOCATOR})",
         f"shape: {sizes}",
     ]
     return "\n".join(lines)

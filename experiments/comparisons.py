@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from experiments import gpu_attention, gpu_linear, linear_workloads, program, timing
+from experiments import gpu_attention, gpu_linear, linear_workloads, process, timing
 from experiments.workloads import Shape
 
 MEASURES = ("train", "decode", "attention", "masks", "linear", "gpu", "gpu_linear")
@@ -292,7 +292,7 @@ def measure(
 
 def environment(allocator: str, threads: int) -> dict[str, str | None]:
     """Variables of a worker: CPU only, so many threads, this allocator."""
-    tuned = program.ALLOCATOR if allocator == "tuned" else None
+    tuned = process.ALLOCATOR if allocator == "tuned" else None
     return {
         "GLIBC_TUNABLES": tuned,
         "JAX_PLATFORMS": "cpu",

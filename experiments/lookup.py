@@ -21,7 +21,7 @@ import sys
 
 from absl import flags
 
-from experiments import program, tasks
+from experiments import process, program, tasks
 from sharding.settings import InputError
 
 ROPE_THETA = 1e5
@@ -67,7 +67,7 @@ def main(options: flags.FlagValues) -> int | None:
     ]  # fmt: skip
     file = tasks.open_table(options.csv, COLUMNS) if options.csv else None
     found: dict[tuple, list] = {}
-    with program.Interruption() as interruption, file or contextlib.nullcontext():
+    with process.Interruption() as interruption, file or contextlib.nullcontext():
         for config in configs:
             if interruption.requested is not None:
                 break
@@ -100,7 +100,7 @@ def _read_counts(words: list[str], task) -> list[int]:
     return [int(word) for word in dict.fromkeys(words)]
 
 
-def _train(task, config, interruption: program.Interruption):
+def _train(task, config, interruption: process.Interruption):
     """A model that has learned from documents in a row, or None."""
     from parscale import lookup
     from parscale.tasks import lesson, train

@@ -1,4 +1,4 @@
-"""The shell of every program: flags, configuration, exit codes, interruption, allocator.
+"""The shell of every program: flags, configuration, exit codes.
 
 A program is written as
 
@@ -18,13 +18,11 @@ Nothing imported here imports jax: that keeps `--help` and refusals quick, and l
 set before anything large is loaded.
 """
 
-import glob
 import importlib.util
 import inspect
 import os
 import pathlib
 import re
-import signal
 import sys
 import textwrap
 import traceback
@@ -33,6 +31,7 @@ from typing import NoReturn, TypeVar
 
 from absl import flags as absl_flags
 
+from experiments import process
 from parscale import config_io
 from parscale.config import Config
 from sharding import hosts
@@ -40,12 +39,8 @@ from sharding.mesh import MeshConfig
 from sharding.settings import InputError, nearest
 
 PRESETS = pathlib.Path(__file__).parent / "configs"
-ALLOCATOR = (
-    "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1"
-)
 ORDERLY = (0, 130, 143)
 """Exit codes that `main` returns where all processes of a run end together."""
-ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
 
 Made = TypeVar("Made")
 Main = Callable[[absl_flags.FlagValues], int | None]
@@ -289,10 +284,10 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
         of `--help`.
       flags: what `new_flags` made, with the program's own flags defined on it.
       argv: the command line; that of the process if None, which may be restarted by
-        `tune_allocator`.
+        `process.tune_allocator`.
     """
     if argv is None:
-        tune_allocator()
+        process.tune_allocator()
         argv = sys.argv
     if {"--help", "-help", "-h"}.intersection(argv[1:]):
         _print_help(usage(flags, main.__doc__ or main.__globals__["__doc__"] or ""))
@@ -300,7 +295,7 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
     reason, orderly = "", False
     try:
         parse(flags, argv)
-        _check_device_count()
+        process.check_device_count()
         # Libraries that define flags of their own read them from here.
         if not absl_flags.FLAGS.is_parsed():
             absl_flags.FLAGS(argv[:1])
@@ -312,10 +307,10 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
     except KeyboardInterrupt:
         reason, code = "it was interrupted", 130
     except BrokenPipeError:
-        _leave_closed_pipe()
+        process.leave_closed_pipe()
         code = 1
     except Exception as error:
-        if refused := _refused_platform():
+        if refused := process.refused_platform():
             fail(refused)
             reason, code = str(refused), 2
         else:
@@ -325,32 +320,6 @@ def run(main: Main, flags: absl_flags.FlagValues, argv: Sequence[str] | None = N
     sys.exit(code)
 
 
-def _check_device_count() -> None:
-    """Raises InputError for a JAX_NUM_CPU_DEVICES that jax could not read."""
-    count = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
-    if not count.isdecimal() or int(count) < 1:
-        raise InputError(f"JAX_NUM_CPU_DEVICES={count}: expected a number of devices, at least 1")
-
-
-def _refused_platform() -> InputError | None:
-    """What to say where jax has no device of the platforms asked for; None where it has.
-
-    It is asked only after a failure: the answer takes a second, and has to wait for `hosts.start`.
-    """
-    platforms, jax = os.environ.get("JAX_PLATFORMS"), sys.modules.get("jax")
-    if not platforms or jax is None or hosts.several():
-        return None
-    try:
-        jax.devices()
-    except Exception as error:  # an AssertionError among others
-        why = f" ({error})" if str(error) else ""
-        return InputError(
-            f"JAX_PLATFORMS={platforms}: jax finds no such device here{why}; leave it out to take "
-            "what there is, or install jax for it: pip install -e '.[gpu]' or '.[tpu]'"
-        )
-    return None
-
-
 def run_commands(commands: Mapping[str, tuple[Main, absl_flags.FlagValues]], doc: str) -> NoReturn:
     """Runs one of several commands of a program, named by its first word; see `run`.
 
@@ -358,7 +327,7 @@ def run_commands(commands: Mapping[str, tuple[Main, absl_flags.FlagValues]], doc
       commands: by name, the command and its flags.
       doc: what `--help` without a command prints, before the first line of each command.
     """
-    tune_allocator()
+    process.tune_allocator()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in commands:
         run(*commands[name], [sys.argv[0], *sys.argv[2:]])
@@ -377,87 +346,4 @@ def _print_help(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _leave_closed_pipe()
-
-
-def _leave_closed_pipe() -> None:
-    """The reader, say `head`, has seen enough: what is still buffered goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class Interruption:
-    """Records SIGINT and SIGTERM inside a `with` block, so that a loop can stop when it suits.
-
-    A second signal of the same kind is not waited for: the default action is restored and taken.
-
-    Attributes:
-      requested: the first signal that came, or None.
-    """
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, *signals: int):
-        """Records these signals; both by default."""
-        self.signals = signals or self.signals
-        self.requested: int | None = None
-        self._seen: set[int] = set()
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> "Interruption":
-        for number in self.signals:
-            self._previous[number] = signal.signal(number, self._record)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-
-    def _record(self, number, frame) -> None:
-        if number in self._seen:
-            if number == signal.SIGINT:
-                signal.signal(number, signal.default_int_handler)
-                raise KeyboardInterrupt
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self._seen.add(number)
-        self.requested = self.requested or number
-
-    @property
-    def exit_code(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM, 0 if neither came."""
-        return 128 + self.requested if self.requested else 0
-
-
-def tune_allocator() -> None:
-    """Restarts this process once with an allocator that keeps freed memory, on Linux without GPU.
-
-    XLA on CPU frees and maps its temporary arena at every step; keeping it is worth 16 to 20 % of a
-    training step, at the price of a resident size that does not shrink. The process id, the command
-    line and the working directory stay. Nothing happens where GLIBC_TUNABLES or
-    PARSCALE_KEEP_ALLOCATOR is set, or where an accelerator is asked for or found.
-
-    Many fake CPU devices on few cores hang XLA unless it has a thread for each; so NPROC is set
-    where JAX_NUM_CPU_DEVICES asks for some.
-    """
-    if os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
-        os.environ.setdefault("NPROC", "32")
-    if {"GLIBC_TUNABLES", "PARSCALE_KEEP_ALLOCATOR"} & os.environ.keys():
-        return
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms != "cpu" and (platforms or any(map(glob.glob, ACCELERATORS))):
-        return
-    # What came by `-c` or standard input cannot be started a second time.
-    if not hasattr(sys.modules["__main__"], "__file__") or not _is_glibc():
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Else an installed libtpu looks for its chips, and complains that there are none.
-    environment = os.environ | {"GLIBC_TUNABLES": ALLOCATOR, "JAX_PLATFORMS": "cpu"}
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-
-
-def _is_glibc() -> bool:
-    try:
-        return bool(os.confstr("CS_GNU_LIBC_VERSION"))
-    except (AttributeError, ValueError, OSError):
-        return False
+        process.leave_closed_pipe()

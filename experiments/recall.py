@@ -19,7 +19,7 @@ import sys
 
 from absl import flags
 
-from experiments import program, tasks
+from experiments import process, program, tasks
 from sharding.settings import InputError
 
 DEFAULT_MIXERS = ["attention", "retention", "gla", "mlstm_exp", "delta_net", "gated_delta_net"]
@@ -67,7 +67,7 @@ def main(options: flags.FlagValues) -> int | None:
     from parscale.recall import learn
 
     scores = {name: [] for name in options.mixers}
-    with program.Interruption() as interruption, file or contextlib.nullcontext():
+    with process.Interruption() as interruption, file or contextlib.nullcontext():
         runs = [(name, config) for name in options.mixers for config in configs[name]]
         for name, config in runs:
             if interruption.requested is not None:

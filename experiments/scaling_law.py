@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import program
+from experiments import process, program
 from sharding.settings import InputError, nearest
 
 PUBLISHED = Path(__file__).parent / "results" / "published.csv"
@@ -98,7 +98,7 @@ def sweep(options: flags.FlagValues) -> int | None:
             f"--devices={options.devices}: there are {len(devices)}"
             + ("; JAX_NUM_CPU_DEVICES=<n> in the environment makes n of a CPU" * _on_cpu(devices))
         )
-    with program.Interruption() as interruption:
+    with process.Interruption() as interruption:
         try:
             rows = run_sweep(
                 grid,

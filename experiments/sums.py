@@ -26,7 +26,7 @@ import sys
 
 from absl import flags
 
-from experiments import program, tasks
+from experiments import process, program, tasks
 from sharding.settings import InputError
 
 ROPE_THETA = 100.0
@@ -71,7 +71,7 @@ def main(options: flags.FlagValues) -> int | None:
     ]  # fmt: skip
     file = tasks.open_table(options.csv, COLUMNS) if options.csv else None
     found: dict[tuple, list] = {}
-    with program.Interruption() as interruption, file or contextlib.nullcontext():
+    with process.Interruption() as interruption, file or contextlib.nullcontext():
         for config, learned in itertools.product(configs, WRITTEN):
             if interruption.requested is not None:
                 break
@@ -94,7 +94,7 @@ def main(options: flags.FlagValues) -> int | None:
     return tasks.finish(_table(found, seeds), interruption)
 
 
-def _train(task, config, learned: tuple[str, str], interruption: program.Interruption):
+def _train(task, config, learned: tuple[str, str], interruption: process.Interruption):
     """A model that has learned a form with some positions, or None."""
     from models.segments import Rules
     from parscale import sums

@@ -7,7 +7,7 @@ from typing import TextIO
 
 from absl import flags
 
-from experiments import program
+from experiments import process
 from sharding.settings import InputError
 
 INIT_STD = 0.1
@@ -133,7 +133,7 @@ def write_row(
     file.flush()
 
 
-def finish(table: str, interruption: program.Interruption) -> int:
+def finish(table: str, interruption: process.Interruption) -> int:
     """Prints a program's table, and that it was interrupted, if so; gives the exit code."""
     print(table, flush=True)
     if interruption.requested is not None:

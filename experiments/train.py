@@ -12,7 +12,7 @@ import sys
 
 from absl import flags
 
-from experiments import program
+from experiments import process, program
 from sharding import hosts
 from sharding.settings import InputError
 
@@ -51,7 +51,7 @@ def main(options: flags.FlagValues) -> int | None:
 
     # With several processes, JAX's preemption service takes SIGTERM, and tells the others.
     signals = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    with program.Interruption(*signals) as interruption:
+    with process.Interruption(*signals) as interruption:
         try:
             result = run.train(
                 config,

@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 
 from experiments import program
+from experiments.process import ALLOCATOR, Interruption
 from models.config import ModelConfig
 from parscale import config_io
 from parscale.config import Config
@@ -28,7 +29,7 @@ import time
 
 from absl import flags
 
-from experiments import program
+from experiments import process, program
 from parscale import config_io
 from sharding.settings import InputError
 
@@ -54,7 +55,7 @@ def main(flags):
         print("ready", flush=True)
         time.sleep(60)
     elif flags.do == "loop":
-        with program.Interruption() as interruption:
+        with process.Interruption() as interruption:
             print("ready", flush=True)
             while not interruption.requested:
                 time.sleep(0.01)
@@ -297,20 +298,20 @@ def test_a_second_signal_does_not_wait(number, code, folder):
 
 
 def test_signals_of_two_kinds_keep_the_first():
-    with program.Interruption() as interruption:
+    with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
     assert interruption.exit_code == 143
 
 
 def test_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in program.Interruption.signals]
-    with program.Interruption() as interruption:
+    before = [signal.getsignal(number) for number in Interruption.signals]
+    with Interruption() as interruption:
         assert interruption.requested is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.requested == signal.SIGTERM
     assert interruption.exit_code == 143
-    assert [signal.getsignal(number) for number in program.Interruption.signals] == before
+    assert [signal.getsignal(number) for number in Interruption.signals] == before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
@@ -319,7 +320,7 @@ def test_allocator_restart_keeps_process_and_arguments(folder):
     environment = {"JAX_PLATFORMS": "cpu", "PARSCALE_KEEP_ALLOCATOR": None}
     process = start(folder, *arguments, GLIBC_TUNABLES=None, **environment)
     shown = json.loads(finish(process)[1])
-    assert shown["tunables"] == program.ALLOCATOR
+    assert shown["tunables"] == ALLOCATOR
     assert shown["argv"] == [f"--workdir={folder}", *arguments]
     assert shown["pid"] == process.pid
 
