@@ -31,7 +31,8 @@ class Form(NamedTuple):
       narrow: name of the type of the operands of products.
       normalize, delta: as in `Options`; whether there is a beta.
       by_key: each dimension of a key has its own decay.
-      block: tokens whose decay is taken from one of them, as in `tpu_pairs.decayed_products`.
+      block: with `by_key`, tokens of the blocks of `tpu_pairs.decayed_products`, if they are not to
+        be found by the kernel.
     """
 
     scale: float
