@@ -45,7 +45,7 @@ def _solved_forward(narrow, inverse, a, x):
 def _solved_backward(narrow, saved, g):
     inverse, y = saved
     dx = product(precise(narrow), inverse, g, (0, 0))
-    # The gradient of `a` goes no further through a recurrence: that of the solution may be rounded.
+    # No recurrence carries the gradient of `a` on: `dx` may be rounded in it.
     return None, -product(precise(narrow, 1), dx, y, (1, 1)), dx
 
 

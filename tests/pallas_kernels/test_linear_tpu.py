@@ -134,7 +134,8 @@ def test_correlated_keys(dtype, recurrence):
 @pytest.mark.parametrize("narrow", ["float32", "bfloat16"])
 def test_inverse(narrow):
     """Of a matrix of correlated keys, whose powers grow, and the derivative of a product with it;
-    in parts of bfloat16 with the errors of 16 bits, which such a matrix lets grow."""
+    in parts of bfloat16 with the errors of 16 bits, which such a matrix lets grow; the derivative
+    by the matrix with those of one operand of 8 bits."""
     random = np.random.default_rng(0)
     C = 64
     a = np.tril(2 * random.random((C, 1)) * (0.98 + 0.02 * random.random((C, C))), -1)
@@ -153,7 +154,10 @@ def test_inverse(narrow):
     wanted = {"x": inverse @ y, "dy": inverse.T @ g}
     wanted["da"] = -wanted["dy"] @ wanted["x"].T
     found = errors({"x": x, "da": da, "dy": dy}, wanted)
-    assert max(found.values()) < (2e-6 if narrow == "float32" else 2e-4), found
+    bounds = (
+        {"x": 2e-4, "dy": 2e-4, "da": 2**-9} if narrow == "bfloat16" else dict.fromkeys(found, 2e-6)
+    )
+    assert all(error < bounds[name] for name, error in found.items()), found
 
 
 @pytest.mark.slow
