@@ -8,8 +8,6 @@ import contextlib
 import csv
 import io
 import os
-import socket
-import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -102,14 +100,12 @@ class _Events:
 
     def __init__(self, workdir: Path, resume_step: int):
         # Only the process that writes records needs it, and it takes a while to import.
+        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
-        from tensorboardX.record_writer import masked_crc32c
 
-        self._Event, self._checksum = event_pb2.Event, masked_crc32c
-        # A quick restart must not go on in the file of the process before.
-        name = f"{int(time.time())}.{socket.gethostname()}.{resume_step}.{os.getpid()}"
-        self._file = (workdir / f"events.out.tfevents.{name}").open("ab", buffering=0)
-        self._add(file_version="brain.Event:2")
+        self._Event = event_pb2.Event
+        # Files are named by the second: a quick restart must not overwrite the one before.
+        self._writer = EventsWriter(str(workdir / "events"), f".{resume_step}.{os.getpid()}")
         # TensorBoard is to forget what it has seen from this step on.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(step=resume_step + 1, session_log=start)
@@ -120,14 +116,11 @@ class _Events:
         self._add(step=step, summary={"value": figures})
 
     def _add(self, **fields) -> None:
-        """Writes an event as a TFRecord: its length, the event, and checksums of both."""
-        event = self._Event(wall_time=time.time(), **fields).SerializeToString()
-        length = struct.pack("<Q", len(event))
-        sums = [struct.pack("<I", self._checksum(part)) for part in (length, event)]
-        self._file.write(length + sums[0] + event + sums[1])
+        self._writer.write_event(self._Event(wall_time=time.time(), **fields))
+        self._writer.flush()
 
     def close(self) -> None:
-        self._file.close()
+        self._writer.close()
 
 
 def read_csv(path: str | Path) -> dict[str, list[float | None]]:
