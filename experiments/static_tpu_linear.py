@@ -20,16 +20,16 @@ from parscale.chips import find_chip
 
 TILE = 128
 # Which gates there are: a decay for each head or dimension of a key, beta, an input gate; whether
-# outputs are normalized; and the tokens of the blocks that decays of a key's dimensions allow.
+# outputs are normalized; and how strong decays of a key's dimensions are.
 FAMILIES = {
     "retention": ("head", False, False, False, None),
     "mlstm": ("head", False, True, True, None),
-    "gla": ("key", False, False, False, TILE),
-    "gla, strong decay": ("key", False, False, False, 16),
+    "gla": ("key", False, False, False, "mild"),
+    "gla, strong decay": ("key", False, False, False, "strong"),
     "delta": (None, True, False, False, None),
     "gated delta": ("head", True, False, False, None),
-    "kda": ("key", True, False, False, TILE),
-    "kda, strong decay": ("key", True, False, False, 16),
+    "kda": ("key", True, False, False, "mild"),
+    "kda, strong decay": ("key", True, False, False, "strong"),
 }
 # Matrix products of a tile, without the delta rule and with it, and arrays of [T, h].
 PRODUCTS = {"forward": (4, 7), "backward": (10, 21)}
@@ -140,10 +140,10 @@ def _kernel(step: Step, chunks: int):
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.linear import tpu, tpu_kernels
+    from pallas_kernels.linear import tpu, tpu_kernels, tpu_pairs
     from pallas_kernels.linear.options import Inputs, Options
 
-    decay, beta, gate, normalize, block = FAMILIES[step.family]
+    decay, beta, gate, normalize, strength = FAMILIES[step.family]
     T, H, h = chunks * step.chunk, HEADS, step.h
     options = Options(h**-0.5, normalize, step.chunk)
 
@@ -162,6 +162,7 @@ def _kernel(step: Step, chunks: int):
     )
     layout = tpu.choose_layout(options, inputs, back=step.kernel == "backward")
     names = {}
+    block = {None: None, "mild": TILE, "strong": tpu_pairs.BLOCK}[strength]
     layout = layout._replace(form=layout.form._replace(block=block))
 
     def operands(inputs):

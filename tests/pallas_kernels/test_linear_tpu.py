@@ -54,8 +54,9 @@ def test_every_gate_and_state():
     agree("mlstm", 20, 16, B=1, P=2, K=1, H=2, initial=True)
 
 
-def test_delta_rule_with_a_decay_for_each_dimension():
-    agree("kda", 20, 16, jnp.bfloat16, **ONE, initial=True)
+@pytest.mark.parametrize("strong", [0.1, 50])
+def test_delta_rule_with_a_decay_for_each_dimension(strong):
+    agree("kda", 20, 16, jnp.bfloat16, **ONE, initial=True, strong=strong)
 
 
 @pytest.mark.slow
