@@ -197,8 +197,7 @@ def make_table(options: flags.FlagValues) -> int | None:
         if name not in names:
             raise InputError(f"--only={name}: expected some of {', '.join(names)}")
     path = pathlib.Path(options.output or OUTPUT)
-    if options.output:
-        paths.check_file("output", path)
+    paths.check_file("output", path)
     rows = {}
     if options.only and path.exists():
         with path.open(newline="") as file:
