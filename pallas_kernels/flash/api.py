@@ -101,7 +101,7 @@ def attention(
     dispatch.check(implementation, ("oracle", *FORWARD))
     if implementation == "oracle":
         out, lse = oracle.attention(options, *arrays)
-    elif 0 in (N, P, T, S) or (implementation in (None, "xla") and T < xla.TILED_FROM):
+    elif 0 in (N, P, T, S) or (implementation in (None, "xla") and T < xla.PLAIN_BELOW):
         out, lse = xla.plain(options, *arrays)
     else:
         out, lse = _attention((implementation, options), *arrays)

@@ -17,7 +17,7 @@ from pallas_kernels.flash import xla_layout as layout
 from pallas_kernels.flash import xla_strips
 from pallas_kernels.flash.xla_layout import BLOCK, dot
 
-TILED_FROM = 128  # queries
+PLAIN_BELOW = 128  # queries
 
 
 def plain(options, q, k, v, mask, prefix):
