@@ -220,6 +220,7 @@ def test_a_mesh_computes_what_one_device_does(mixers, length, backward):
     placed = jax.tree.map(place, params, abstract_weights(weights, mesh))
     with jax.set_mesh(mesh):
         found = jax.jit(compute)(placed)
-    # Float32 sums in other orders; those that exponential gates multiply differ most, by 3e-5.
+    # Float32 sums in other orders. Gradients through exponential gates differ by up to 4e-5.
+    bound = 5e-5 if "mlstm_exp" in mixers else 3e-5
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=5e-5 * max(np.abs(b).max(), 1e-2))
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound * max(np.abs(b).max(), 1e-2))
